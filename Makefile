@@ -1,0 +1,50 @@
+# Two commands: `make demo` shows the main job at work, `make test` proves it. Both set up everything they need.
+
+SHELL := /bin/bash
+VENV  := .venv
+# The newest Python >= 3.12 that really runs (a pyenv shim answers 127): PATH first, then pyenv's versions, then uv's.
+PYTHON := $(shell scripts/find-python)
+
+.PHONY: setup demo test check bench format clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready ## make .venv with .venv/bin/outgate
+
+$(VENV)/.ready: pyproject.toml requirements/dev.txt | find-python
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.PHONY: find-python
+find-python:
+	@[ -n "$(PYTHON)" ] || { echo "outgate needs Python 3.12 or newer: install python3.12 (Debian, Ubuntu), 'pyenv install 3.13' or 'uv python install 3.13', then run make again" >&2; exit 2; }
+
+demo: setup ## the main job: a request let through and a request refused, on real TLS (no root, no network)
+	@$(VENV)/bin/python -m demo
+
+test: setup system ## every test
+	$(VENV)/bin/python -m pytest
+
+check: setup system ## format, lint, types, tests
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+format: setup
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: setup ## ratios against a peer measured in the same run
+	$(VENV)/bin/python -m pytest --benchmark-only --override-ini addopts="--import-mode=importlib" tests/bench
+
+.PHONY: system
+system: ## install the system programs that tests use when root, else name them
+	@scripts/system-packages
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The HTTP verdict and the mitmproxy addons that apply it."""

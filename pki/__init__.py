@@ -1,0 +1,1 @@
+"""Authority, leaves, and the trust bundle that workloads read."""

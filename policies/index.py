@@ -1,0 +1,325 @@
+"""A policy made fast to ask: rules grouped by pattern, names in dicts, prefixes by length. Contradictions stop here.
+
+Cost of a lookup: one dict access for each label of the name, one for each distinct prefix length. It does not grow with
+the number of rules. `engine` reads these tables; nothing else needs them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+
+from policies.addresses import PrefixMap, inside_one_private_block
+from policies.errors import PolicyError, Problem
+from policies.hostnames import Hostname, parents
+from policies.model import (
+    Action,
+    AnyRule,
+    Entry,
+    HostRule,
+    NameRule,
+    PortRange,
+    Reason,
+    Stage,
+    Test,
+    Tls,
+    TransportRule,
+    Verdict,
+    Workload,
+)
+
+PLAIN_PORT = PortRange(80, 80)  # carries plain HTTP in every rule; every other port TLS unless `plain` names it
+EPOCH = date(1970, 1, 1).toordinal()
+
+
+@dataclass(frozen=True, slots=True)
+class PortRules:
+    """What the rules of one pattern say together about one range of ports."""
+
+    ports: PortRange
+    plain: bool
+    tls: Tls
+    rules: tuple[HostRule, ...]
+    last_day: int | None  # the first day (since the epoch, UTC) on which every rule still counts is up to here
+    allow: tuple[tuple[Entry, HostRule], ...] | None  # None: no list, all is allowed that no deny matches
+    private: bool
+    encoded_slash: bool
+    ech: bool | None
+    upgrade: frozenset[str]
+    admitted: Verdict  # the tls-stage allow, made once
+
+
+@dataclass(frozen=True, slots=True)
+class HostGroup:
+    """All rules of one pattern in one workload (or in the guard)."""
+
+    rules: tuple[HostRule, ...]
+    ports: tuple[PortRules, ...]  # disjoint
+    deny_all: HostRule | None
+    denies: tuple[tuple[Entry, HostRule], ...]  # entries with a path; they count on every port
+
+
+class HostTable:
+    """Patterns of host rules. `matching(name)` yields their groups, the most specific first."""
+
+    __slots__ = ("exact", "wildcards")
+
+    def __init__(self, rules: Iterable[HostRule]) -> None:
+        by_pattern: dict[tuple[Hostname, bool], list[HostRule]] = {}
+        for rule in rules:
+            by_pattern.setdefault((rule.pattern.host, rule.pattern.wildcard), []).append(rule)
+        self.exact: dict[Hostname, HostGroup] = {}
+        self.wildcards: dict[Hostname, HostGroup] = {}
+        for (host, wildcard), group in by_pattern.items():
+            (self.wildcards if wildcard else self.exact)[host] = _group(group)
+
+    def matching(self, name: Hostname) -> list[HostGroup]:
+        found = []
+        if group := self.exact.get(name):
+            found.append(group)
+        if self.wildcards:
+            found.extend(group for above in parents(name) if (group := self.wildcards.get(above)))
+        return found
+
+    def groups(self) -> Iterator[HostGroup]:
+        yield from self.exact.values()
+        yield from self.wildcards.values()
+
+
+@dataclass(frozen=True, slots=True)
+class TransportTable:
+    """`tcp:` or `udp:` rules by name and by prefix. A prefix carries whether it lies inside one private block."""
+
+    names: Mapping[Hostname, tuple[TransportRule, ...]]
+    prefixes: PrefixMap[tuple[TransportRule, bool]]
+    ports: frozenset[PortRange]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadIndex:
+    workload: Workload
+    hosts: HostTable
+    tcp: TransportTable
+    udp: TransportTable
+    ntp: Mapping[Hostname, tuple[NameRule, ...]]
+    dns: Mapping[tuple[Hostname, bool], tuple[NameRule, ...]]
+    host_ports: frozenset[PortRange]
+    plain_ports: frozenset[PortRange]
+    ancestors: frozenset[Hostname]  # every name above a named one; wildcards count with the name they stand under
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """All workloads of all merged files, compiled. Equal when the rules are; swapped whole on reload."""
+
+    workloads: Mapping[str, Workload]
+    guard: tuple[HostRule, ...]
+    tests: tuple[Test, ...]
+    index: Mapping[str, WorkloadIndex] = field(repr=False, compare=False)
+    guard_table: HostTable = field(repr=False, compare=False)
+    sources: PrefixMap[str] = field(repr=False, compare=False)
+
+
+def build(workloads: Mapping[str, Workload], guard: Sequence[HostRule] = (), tests: Sequence[Test] = ()) -> Policy:
+    """The policy of these workloads. Raises PolicyError with every contradiction, each naming both lines."""
+    guard_table = HostTable(guard)
+    index = {name: _index_workload(workload) for name, workload in workloads.items()}
+    problems = [problem for entry in index.values() for problem in _contradictions(entry, guard_table)]
+    problems += _shared_sources(workloads.values())
+    if problems:
+        raise PolicyError(problems)
+    sources = PrefixMap(
+        (network, workload.name)
+        for workload in workloads.values()
+        if workload.match
+        for network in workload.match.address
+    )
+    return Policy(dict(workloads), tuple(guard), tuple(tests), index, guard_table, sources)
+
+
+def live(rules: PortRules, day: int) -> PortRules | None:
+    """These rules without the expired ones, or None where all are. An expired rule's allow list stays, empty."""
+    if rules.last_day is None or day <= rules.last_day:
+        return rules
+    valid = [rule for rule in rules.rules if is_valid(rule, day)]
+    if not valid:
+        return None
+    lists = [rule for rule in rules.rules if rule.allow is not None]
+    return _port_rules(rules.ports, rules.plain, rules.tls, valid, has_list=bool(lists))
+
+
+def is_valid(rule: AnyRule, day: int) -> bool:
+    """Whether `rule` still counts on `day` (since the epoch, UTC): `until` is the last valid day."""
+    return rule.until is None or day <= rule.until.toordinal() - EPOCH
+
+
+def _index_workload(workload: Workload) -> WorkloadIndex:
+    hosts: list[HostRule] = []
+    tcp: list[TransportRule] = []
+    udp: list[TransportRule] = []
+    ntp: dict[Hostname, list[NameRule]] = defaultdict(list)
+    dns: dict[tuple[Hostname, bool], list[NameRule]] = defaultdict(list)
+    for rule in workload.rules:
+        match rule:
+            case HostRule():
+                hosts.append(rule)
+            case TransportRule():
+                (tcp if rule.stage is Stage.TCP else udp).append(rule)
+            case NameRule(stage=Stage.NTP):
+                ntp[rule.pattern.host].append(rule)
+            case NameRule():
+                dns[rule.pattern.host, rule.pattern.wildcard].append(rule)
+    table = HostTable(hosts)
+    ranges = {(ports.ports, ports.plain) for group in table.groups() for ports in group.ports}
+    return WorkloadIndex(
+        workload=workload,
+        hosts=table,
+        tcp=_transport_table(tcp),
+        udp=_transport_table(udp),
+        ntp={host: tuple(rules) for host, rules in ntp.items()},
+        dns={key: tuple(rules) for key, rules in dns.items()},
+        host_ports=frozenset(ports for ports, _ in ranges),
+        plain_ports=frozenset(ports for ports, plain in ranges if plain),
+        ancestors=frozenset(_ancestors(workload.rules)),
+    )
+
+
+def _ancestors(rules: Iterable[AnyRule]) -> Iterator[Hostname]:
+    for rule in rules:
+        if isinstance(rule, TransportRule):
+            if rule.host:
+                yield from parents(rule.host)
+        elif not (isinstance(rule, HostRule) and any(entry.is_all for entry in rule.deny)):
+            yield from parents(rule.pattern.host)
+            if rule.pattern.wildcard:
+                yield rule.pattern.host
+
+
+def _transport_table(rules: Sequence[TransportRule]) -> TransportTable:
+    names: dict[Hostname, list[TransportRule]] = defaultdict(list)
+    for rule in rules:
+        if rule.host:
+            names[rule.host].append(rule)
+    prefixes = ((network, (rule, inside_one_private_block(network))) for rule in rules for network in rule.networks)
+    ports = frozenset(ports for rule in rules for ports in rule.ports)
+    return TransportTable({host: tuple(found) for host, found in names.items()}, PrefixMap(prefixes), ports)
+
+
+def _group(rules: Sequence[HostRule]) -> HostGroup:
+    entries = [(entry, rule) for rule in rules for entry in rule.deny]
+    return HostGroup(
+        rules=tuple(rules),
+        ports=tuple(_port_segments(rules)),
+        deny_all=next((rule for entry, rule in entries if entry.is_all), None),
+        denies=tuple((entry, rule) for entry, rule in entries if not entry.is_all),
+    )
+
+
+def _port_segments(rules: Sequence[HostRule]) -> Iterator[PortRules]:
+    """The ports of these rules cut into disjoint ranges, each with the rules that cover it."""
+    if len(rules) == 1 and len(rules[0].ports) == 1 and not rules[0].plain:  # nearly every rule
+        ports = rules[0].ports[0]
+        if PLAIN_PORT.first not in ports or ports == PLAIN_PORT:
+            yield _port_rules(ports, ports == PLAIN_PORT, rules[0].tls, rules)
+            return
+    edges = {80, 81}
+    for rule in rules:
+        for ports in (*rule.ports, *rule.plain):
+            edges.update((ports.first, ports.last + 1))
+    starts = sorted(edges)
+    for first, after in zip(starts, starts[1:], strict=False):
+        covering = [rule for rule in rules if any(first in ports for ports in (*rule.ports, *rule.plain))]
+        if covering:
+            yield _port_rules(PortRange(first, after - 1), _is_plain(covering[0], first), covering[0].tls, covering)
+
+
+def _is_plain(rule: HostRule, port: int) -> bool:
+    return port in PLAIN_PORT or any(port in ports for ports in rule.plain)
+
+
+def _port_rules(
+    ports: PortRange, plain: bool, tls: Tls, rules: Sequence[HostRule], *, has_list: bool = False
+) -> PortRules:
+    allow = [(entry, rule) for rule in rules if rule.allow is not None for entry in rule.allow]
+    has_list = has_list or any(rule.allow is not None for rule in rules)
+    until = [rule.until for rule in rules if rule.until]
+    asked = [rule.ech for rule in rules if rule.ech is not None]
+    private = any(rule.private for rule in rules)
+    return PortRules(
+        ports=ports,
+        plain=plain,
+        tls=tls,
+        rules=tuple(rules),
+        last_day=min(until).toordinal() - EPOCH if until else None,
+        allow=tuple(allow) if has_list else None,
+        private=private,
+        encoded_slash=any(rule.encoded_slash for rule in rules),
+        ech=any(asked) if asked else None,
+        upgrade=frozenset().union(*(rule.upgrade for rule in rules)),
+        admitted=Verdict(Action.ALLOW, Reason.RULE, Stage.TLS, rules[0], tls=tls, private=private),
+    )
+
+
+def _contradictions(index: WorkloadIndex, guard: HostTable) -> Iterator[Problem]:
+    for group in index.hosts.groups():
+        yield from _mixed_ports(group)
+        yield from _unseen_entries(group, index.hosts, guard)
+
+
+def _mixed_ports(group: HostGroup) -> Iterator[Problem]:
+    for ports in group.ports if len(group.rules) > 1 else ():
+        first = ports.rules[0]
+        for other in ports.rules[1:]:
+            if not ports.plain and other.tls is not first.tls:
+                yield Problem(
+                    other.place,
+                    f'host "{other.pattern}" port {ports.ports}: tls: {other.tls} here, tls: {first.tls} at {first.place}',
+                    "rules of one pattern and port must agree: write the same tls in both",
+                )
+            if _is_plain(other, ports.ports.first) != ports.plain:
+                yield Problem(
+                    other.place,
+                    f'host "{other.pattern}" port {ports.ports}: plain HTTP in one rule, TLS in the one at {first.place}',
+                    "list the port under plain in both rules, or in none",
+                )
+
+
+def _unseen_entries(group: HostGroup, hosts: HostTable, guard: HostTable) -> Iterator[Problem]:
+    """Method and path entries that no part of the gate could see, because the port is carried undecrypted."""
+    blind = next((p for p in group.ports if not p.plain and p.tls is Tls.PASSTHROUGH and not group.deny_all), None)
+    if blind is None:
+        return
+    rule = blind.rules[0]
+    pattern = rule.pattern
+    own = list(group.denies) + list(blind.allow or ())
+    if pattern.wildcard:
+        above = [table.wildcards.get(name) for table in (hosts, guard) for name in parents(pattern.host)]
+        above.append(guard.wildcards.get(pattern.host))
+        if guard.exact or guard.wildcards:  # a guard entry below the wildcard could not be seen either
+            above += [g for g in guard.groups() if g.denies and pattern.matches(g.rules[0].pattern.host)]
+    else:
+        above = [g for g in (*hosts.matching(pattern.host), *guard.matching(pattern.host)) if g is not group]
+    inherited = [found for g in above if g for found in g.denies]
+    for entry, source in {id(source): (entry, source) for entry, source in own + inherited}.values():
+        yield Problem(
+            rule.place,
+            f'host "{pattern}" port {blind.ports} is passed through undecrypted, so "{entry.text}" of {source.place} cannot be seen',
+            "write tls: inspect here, or deny: all there",
+        )
+
+
+def _shared_sources(workloads: Iterable[Workload]) -> Iterator[Problem]:
+    seen: dict[object, Workload] = {}
+    for workload in workloads:
+        match = workload.match
+        keys: list[object] = [*match.address, *([match.user] if match.user else [])] if match else []
+        for key in keys:
+            other = seen.setdefault(key, workload)
+            if other is not workload and match:
+                yield Problem(
+                    match.place,
+                    f'workload "{workload.name}" matches {key}, and so does "{other.name}" at {other.place}',
+                    "a source can be one workload only: make one of the two longer, or remove it",
+                )

@@ -1,0 +1,142 @@
+"""Writes decision records: JSON lines, or one readable line each on a terminal. It decides nothing and never blocks a caller.
+
+Records are queued and written by one thread. The queue is bounded: when the disk or the reader of a pipe stalls, further
+records are counted and the count is written as soon as there is room, so that a gap in the log is itself in the log.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import IO, Any
+
+import orjson
+import structlog
+
+from proxy.record import Record
+
+QUEUE_LIMIT = 65536  # a log that stalls must not grow our memory
+BATCH = 512
+
+_GREEN, _RED, _YELLOW, _DIM, _PLAIN = "\033[32m", "\033[31m", "\033[33m", "\033[2m", "\033[0m"
+
+
+class DecisionLog:
+    """A sink for records, backed by one writer thread. `close()` writes what is queued and joins it."""
+
+    def __init__(self, stream: IO[str], *, pretty: bool = False, colour: bool = False, generation: str = "") -> None:
+        self._stream = stream
+        self._generation = generation
+        self._queue: queue.Queue[Record | None] = queue.Queue(QUEUE_LIMIT)
+        self.lost = 0
+        renderer = _Pretty(colour) if pretty else _json
+        self._render: Callable[[Record], str] = structlog.wrap_logger(
+            None, processors=[renderer], wrapper_class=_Rendered
+        ).render
+        self._thread = threading.Thread(target=self._write, name="decision-log", daemon=True)
+        self._thread.start()
+
+    def __call__(self, record: Record) -> None:
+        if self._generation:
+            record["policy.generation"] = self._generation
+        try:
+            self._queue.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join(timeout=5)
+
+    def _write(self) -> None:
+        while True:
+            batch = [self._queue.get()]
+            while len(batch) < BATCH and batch[-1] is not None:
+                try:
+                    batch.append(self._queue.get_nowait())
+                except queue.Empty:
+                    break
+            lines = [self._render(record) for record in batch if record is not None]
+            if self.lost:
+                lost, self.lost = self.lost, 0
+                lines.append(self._render({"event": "records_lost", "count": lost}))
+            try:
+                self._stream.write("".join(line + "\n" for line in lines))
+                self._stream.flush()
+            except (OSError, ValueError):  # the reader is gone, the disk is full or the stream is closed
+                self.lost += len(lines)
+            if batch[-1] is None:
+                return
+
+
+class _Rendered(structlog.BoundLoggerBase):
+    """structlog's processor chain as a function from record to line; the writing is ours."""
+
+    def render(self, record: Record) -> str:
+        args, _ = self._process_event("info", None, dict(record))
+        return str(args[0])
+
+
+def _json(_logger: object, _method: str, event: MutableMapping[str, Any]) -> str:  # structlog's processor signature
+    if event.get("event") is None:
+        event.pop("event", None)
+    return orjson.dumps(event, default=str).decode()
+
+
+class _Pretty:
+    """`12:30:01 deny  weather  GET https://host/path  no_allow_entry  weather.yaml:9 (…)`"""
+
+    def __init__(self, colour: bool) -> None:
+        self._colour = colour
+
+    def __call__(self, _logger: object, _method: str, event: Mapping[str, Any]) -> str:
+        if "verdict" not in event:
+            return " ".join(f"{key}={value}" for key, value in event.items() if value is not None)
+        verdict = str(event["verdict"])
+        shown = "would deny" if event.get("would_be") == "deny" else verdict
+        colour = _YELLOW if shown == "would deny" else _GREEN if verdict == "allow" else _RED
+        parts = [
+            self._paint(str(event["time"])[11:19], _DIM),
+            self._paint(f"{shown:<5}", colour),
+            str(event["workload"]),
+            describe(event),
+            "" if verdict == "allow" and shown == verdict else str(event["reason"]),
+            self._paint(str(event.get("rule", "")), _DIM),
+            self._paint(str(event["id"]), _DIM),
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _paint(self, text: str, colour: str) -> str:
+        return f"{colour}{text}{_PLAIN}" if self._colour and text else text
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """What was attempted, in the words that `outgate why` reads: `GET https://h/p`, `tls://h`, `tcp://10.0.0.1:22`."""
+    if "url.full" in record:
+        return f"{record.get('http.request.method', '')} {record['url.full']}".strip()
+    stage, port = record["stage"], record.get("destination.port")
+    host = record.get("server.name") or next(iter(record.get("server.names", ())), None)
+    where = host or record.get("destination.address", "?")
+    where = f"[{where}]" if ":" in str(where) else where
+    usual = {"tls": 443, "dns": None, "ntp": None}.get(str(stage), 0)
+    return f"{stage}://{where}" + ("" if usual is None or port == usual else f":{port}")
+
+
+def open_log(target: str | None, *, generation: str = "", default: IO[str] | None = None) -> DecisionLog:
+    """The log at `target`: a path (appended to), `-` for standard error, None for `default` (standard output).
+
+    Raises OSError when the file cannot be opened. Readable lines where the stream is a terminal, JSON lines elsewhere.
+    """
+    if target is None:
+        stream = default or sys.stdout
+    elif target == "-":
+        stream = sys.stderr
+    else:
+        stream = open(target, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the gate
+    terminal = stream.isatty()
+    return DecisionLog(
+        stream, pretty=terminal, colour=terminal and not os.environ.get("NO_COLOR"), generation=generation
+    )

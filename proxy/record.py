@@ -1,0 +1,107 @@
+"""The decision record: one flat mapping per attempt, the same names everywhere. Writing it is `decision_log`'s work.
+
+Names follow OpenTelemetry's semantic conventions where they exist. Never a header value, a body or a secret; the values
+of a query are replaced by a keyed hash unless the workload's policy says `logQuery: true`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from hashlib import blake2b
+
+from policies.model import Attempt, Verdict
+
+type Record = dict[str, object]
+type Sink = Callable[[Record], None]
+type Peer = tuple[str, int]
+
+# Same value, same hash, within one run of the gate: enough to see that a query repeats, useless to whoever reads the log.
+_QUERY_KEY = os.urandom(32)
+
+
+def new_id() -> str:
+    """Sixteen hex digits: what the client sees in `Outgate-Decision`, problem+json and EDE, and the log in `id`."""
+    return os.urandom(8).hex()
+
+
+def record_of(
+    attempt: Attempt,
+    verdict: Verdict,
+    *,
+    id: str,  # the field's own name in the record
+    source: Peer | None = None,
+    destination: Peer | None = None,
+    started: float | None = None,
+    bytes_sent: int | None = None,
+    bytes_received: int | None = None,
+    status: int | None = None,
+    url: str | None = None,
+    extra: Record | None = None,
+) -> Record:
+    """The record of `verdict` on `attempt`. `started` is POSIX seconds; bytes are counted as the workload sees them."""
+    now = time.time()
+    record: Record = {
+        "time": datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "id": id,
+        "workload": attempt.workload,
+        "stage": attempt.stage.value,
+        "verdict": verdict.action.value,
+        "reason": verdict.reason.value,
+    }
+    if verdict.would_be is not None:
+        record["would_be"] = verdict.would_be.action.value
+    if verdict.rule is not None:
+        record["rule"] = str(verdict.rule)
+    if source is not None:
+        record["source.address"], record["source.port"] = source
+    if destination is not None:
+        record["destination.address"], record["destination.port"] = destination
+    elif attempt.address is not None:
+        record["destination.address"], record["destination.port"] = str(attempt.address), attempt.port
+    else:
+        record["destination.port"] = attempt.port
+    if attempt.host is not None:
+        record["server.name"] = attempt.host
+    if attempt.names:
+        record["server.names"] = list(attempt.names)
+    if verdict.tls is not None:
+        record["tls.mode"] = verdict.tls.value
+    if attempt.ech:
+        record["tls.ech"] = True
+    if attempt.method:
+        record["http.request.method"] = attempt.method
+    if url is not None:
+        record["url.full"] = url
+    if status is not None:
+        record["http.response.status_code"] = status
+    if bytes_sent is not None:
+        record["bytes.sent"] = bytes_sent
+    if bytes_received is not None:
+        record["bytes.received"] = bytes_received
+    if started is not None:
+        record["duration_ms"] = round((now - started) * 1000, 1)
+    if extra:
+        record.update(extra)
+    return record
+
+
+def hide_query_values(url: str) -> str:
+    """`url` with every query value (and a bare query word) replaced by eight hex digits of its keyed hash."""
+    head, mark, query = url.partition("?")
+    if not mark:
+        return url
+    return head + mark + "&".join(_hide(part) for part in query.split("&"))
+
+
+def _hide(part: str) -> str:
+    name, equals, value = part.partition("=")
+    if not equals:
+        return f"~{_hash(name)}" if name else ""
+    return f"{name}=~{_hash(value)}" if value else part
+
+
+def _hash(value: str) -> str:
+    return blake2b(value.encode("utf-8", "surrogateescape"), digest_size=4, key=_QUERY_KEY).hexdigest()

@@ -1,0 +1,397 @@
+"""DNS messages as bytes: a workload's question, our answers to it, our own question, a server's answer. No sockets, no clock."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from ipaddress import IPv4Address, IPv6Address
+
+from policies.hostnames import Hostname
+from policies.model import Address
+
+A, CNAME, SOA, AAAA, OPT = 1, 5, 6, 28, 41
+IN = 1
+TYPE_NAMES = {
+    **{A: "A", 2: "NS", CNAME: "CNAME", SOA: "SOA", 10: "NULL", 12: "PTR", 15: "MX", 16: "TXT", AAAA: "AAAA", 33: "SRV"},
+    **{35: "NAPTR", OPT: "OPT", 43: "DS", 46: "RRSIG", 48: "DNSKEY", 52: "TLSA", 64: "SVCB", 65: "HTTPS", 257: "CAA"},
+    **{251: "IXFR", 252: "AXFR", 255: "ANY"},
+}
+
+MAX_MESSAGE = 65535  # RFC 1035 4.2.2: the length prefix over TCP is 16 bits
+MIN_UDP = 512  # RFC 1035 4.2.1: what every client takes
+MAX_UDP = 1232  # DNS flag day 2020: above it answers are fragmented, and fragments can be forged
+MAX_NAME = 255  # RFC 1035 2.3.4, with the root's zero byte
+MAX_LABEL = 63
+MAX_POINTERS = 16  # per name; a chain of thousands costs the reader, not the writer
+MAX_RECORDS = 1024  # per section, for the same reason
+MAX_ALIASES = 16  # CNAMEs followed from the question
+
+_HEADER = struct.Struct("!6H")
+_QUESTION_END = struct.Struct("!HH")
+_RECORD = struct.Struct("!HHIH")  # type, class, TTL, length; the name stands before it
+_OPT = struct.Struct("!BHHBBHH")  # root, OPT, size, upper rcode, version, flags, length
+
+# Header bits (RFC 1035 4.1.1, RFC 4035 3.1.6)
+_RESPONSE, _OPCODE, _TRUNCATED, _RECURSION_DESIRED, _RECURSION_AVAILABLE, _CHECKING_DISABLED = (
+    *(0x8000, 0x7800, 0x0200),
+    *(0x0100, 0x0080, 0x0010),
+)
+_ECHOED = _RECURSION_DESIRED | _CHECKING_DISABLED  # RFC 4035 3.2.2: CD is given back as it came
+_DNSSEC_OK = 0x8000
+_EDE = 15  # RFC 8914 2
+_NAME_POINTER = b"\xc0\x0c"  # the question's name, always at offset 12
+_PLAIN_NAME = re.compile(rb"[!-\[\]-~]*")  # printable ASCII without the backslash
+_PLAIN_BYTES = frozenset(range(0x21, 0x7F)) - {0x2E, 0x5C}
+
+
+class Rcode(IntEnum):
+    NOERROR = 0
+    FORMERR = 1
+    SERVFAIL = 2
+    NXDOMAIN = 3
+    NOTIMP = 4
+    REFUSED = 5
+
+
+class ExtendedError(IntEnum):
+    """Why an answer is empty, for a person with `dig` (RFC 8914 4)."""
+
+    BLOCKED = 15  # the policy says no
+    PROHIBITED = 18  # this client is no known workload
+    NO_REACHABLE_AUTHORITY = 22
+
+
+class MalformedQuery(ValueError):
+    """Not one ordinary question. `str()` says what is wrong."""
+
+
+class MalformedResponse(ValueError):
+    """Not an answer to our question. `str()` says what is wrong."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One question of a workload, as received.
+
+    name      lower case without the final dot, the root is ""; bytes no hostname has are written \\DDD (RFC 1035 5.1)
+    question  the question section's bytes, for an answer in the client's own spelling
+    echoed    the header bits an answer gives back
+    udp_size  what its OPT record offers to take, None without one
+    """
+
+    id: int
+    name: str
+    type: int
+    qclass: int
+    question: bytes
+    echoed: int = 0
+    udp_size: int | None = None
+    dnssec_ok: bool = False
+
+    @property
+    def recursion_desired(self) -> bool:
+        return bool(self.echoed & _RECURSION_DESIRED)
+
+    @property
+    def udp_limit(self) -> int:
+        """The longest answer that may go back in a datagram."""
+        return MIN_UDP if self.udp_size is None else min(max(self.udp_size, MIN_UDP), MAX_UDP)
+
+    @property
+    def type_text(self) -> str:
+        """`AAAA`, `TYPE1234`; with its class where that is not the Internet's: `CLASS3/TXT`."""
+        text = TYPE_NAMES.get(self.type) or f"TYPE{self.type}"
+        return text if self.qclass == IN else f"CLASS{self.qclass}/{text}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server said to our question.
+
+    addresses       of the asked type, found along the CNAME chain from the asked name and nowhere else
+    ttl_s           the shortest along that chain; 0 without addresses
+    negative_ttl_s  how long the absence holds (RFC 2308 5), None if the server gave no SOA
+    truncated       nothing else was read: ask again over TCP
+    """
+
+    rcode: int
+    addresses: tuple[Address, ...] = ()
+    ttl_s: int = 0
+    negative_ttl_s: int | None = None
+    truncated: bool = False
+
+
+# --- A workload's question
+
+
+def parse_query(message: bytes) -> Query:
+    """The one question of a query. Raises MalformedQuery for anything else, trailing bytes included."""
+    try:
+        return _parse_query(message)
+    except (struct.error, IndexError):
+        raise MalformedQuery("cut short") from None
+
+
+def _parse_query(message: bytes) -> Query:
+    query_id, flags, questions, answers, authorities, additionals = _HEADER.unpack_from(message)
+    if flags & (_RESPONSE | _OPCODE | _TRUNCATED):
+        raise MalformedQuery(f"not a standard query: flags {flags:04x}")
+    if questions != 1 or answers or authorities or additionals > 1:
+        raise MalformedQuery(f"sections of {questions}, {answers}, {authorities} and {additionals} records")
+    name, offset = _read_question_name(message)
+    qtype, qclass = _QUESTION_END.unpack_from(message, offset)
+    end = offset + 4
+    udp_size, dnssec_ok, after = _read_opt(message, end) if additionals else (None, False, end)
+    if after != len(message):
+        raise MalformedQuery(f"{len(message) - after} bytes after the end")
+    return Query(query_id, name, qtype, qclass, message[12:end], flags & _ECHOED, udp_size, dnssec_ok)
+
+
+def _read_question_name(message: bytes) -> tuple[str, int]:
+    labels = []
+    offset = _HEADER.size
+    while length := message[offset]:
+        if length > MAX_LABEL:  # nothing stands before the question that a pointer could mean
+            raise MalformedQuery("a pointer or reserved label in the question")
+        labels.append(message[offset + 1 : offset + 1 + length])
+        offset += length + 1
+    offset += 1
+    if offset - _HEADER.size > MAX_NAME:
+        raise MalformedQuery("name longer than 255 bytes")
+    joined = b".".join(labels)
+    if _PLAIN_NAME.fullmatch(joined) and joined.count(b".") == max(len(labels) - 1, 0):
+        return joined.decode("ascii").lower(), offset
+    return ".".join(map(_escape_label, labels)).lower(), offset
+
+
+def _escape_label(label: bytes) -> str:
+    # One label `a.b` must never read as the two labels of another name.
+    return "".join(chr(byte) if byte in _PLAIN_BYTES else f"\\{byte:03d}" for byte in label)
+
+
+def _read_opt(message: bytes, offset: int) -> tuple[int, bool, int]:
+    """Size, DO and where the record ends. Its options are stepped over: nothing of them is used or passed on."""
+    root, rtype, size, _, version, flags, length = _OPT.unpack_from(message, offset)
+    if root != 0 or rtype != OPT:
+        raise MalformedQuery("an additional record that is not OPT")
+    if version != 0:
+        raise MalformedQuery(f"EDNS version {version}")
+    return size, bool(flags & _DNSSEC_OK), offset + _OPT.size + length
+
+
+# --- Our answers to it
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """An extended error with words for a person; left out when the client sent no OPT (RFC 8914 3)."""
+
+    code: ExtendedError
+    text: str
+
+
+def build_addresses(query: Query, addresses: Iterable[Address], ttl_s: int) -> bytes:
+    """NOERROR with these addresses under the asked name. The caller gives only addresses of the asked type."""
+    records = [
+        _NAME_POINTER + _RECORD.pack(query.type, IN, ttl_s, len(packed)) + packed
+        for packed in (address.packed for address in addresses)
+    ]
+    return _build(query, Rcode.NOERROR, answers=records)
+
+
+def build_nodata(query: Query, ttl_s: int, note: Note | None = None) -> bytes:
+    """The name exists and has nothing of this type (RFC 2308 2.2)."""
+    return _build(query, Rcode.NOERROR, authority=_soa(ttl_s), note=note)
+
+
+def build_name_error(query: Query, ttl_s: int, note: Note | None = None) -> bytes:
+    """NXDOMAIN: neither this name exists nor anything below it (RFC 8020 2)."""
+    return _build(query, Rcode.NXDOMAIN, authority=_soa(ttl_s), note=note)
+
+
+def build_failure(query: Query, note: Note | None = None) -> bytes:
+    """SERVFAIL: the client may ask again."""
+    return _build(query, Rcode.SERVFAIL, note=note)
+
+
+def build_truncated(query: Query) -> bytes:
+    """An empty answer with TC: the client asks again over TCP."""
+    return _build(query, Rcode.NOERROR, flags=_TRUNCATED)
+
+
+def _build(
+    query: Query,
+    rcode: Rcode,
+    *,
+    answers: list[bytes] | None = None,
+    authority: bytes = b"",
+    note: Note | None = None,
+    flags: int = 0,
+) -> bytes:
+    answers = answers or []
+    flags |= _RESPONSE | _RECURSION_AVAILABLE | query.echoed | rcode
+    opt = b"" if query.udp_size is None else _opt(query.dnssec_ok, note)
+    header = _HEADER.pack(query.id, flags, 1, len(answers), 1 if authority else 0, 1 if opt else 0)
+    return b"".join((header, query.question, *answers, authority, opt))
+
+
+def _opt(dnssec_ok: bool, note: Note | None) -> bytes:
+    option = b""
+    if note is not None:
+        text = note.text.encode()
+        option = struct.pack("!HHH", _EDE, 2 + len(text), note.code) + text
+    return _OPT.pack(0, OPT, MAX_UDP, 0, 0, _DNSSEC_OK if dnssec_ok else 0, len(option)) + option
+
+
+def _soa(ttl_s: int) -> bytes:
+    # Owned by the asked name itself: whatever zone a caching client believes it asked, this SOA lies inside it.
+    source = encode_name(Hostname("outgate.invalid")) + b"\0"
+    body = source + struct.pack("!5I", 1, 3600, 600, 86400, ttl_s)
+    return _NAME_POINTER + _RECORD.pack(SOA, IN, ttl_s, len(body)) + body
+
+
+# --- Our own question
+
+
+def encode_name(name: Hostname) -> bytes:
+    """The name in wire form, with the root's zero byte."""
+    return b"".join(bytes((len(label),)) + label for label in name.encode("ascii").split(b".")) + b"\0"
+
+
+def build_query(name: Hostname, qtype: int, query_id: int) -> bytes:
+    """A question that is ours alone: of the workload's message only the judged name and type reach a server.
+
+    Its OPT asks for answers of 1232 bytes and carries no client subnet (RFC 7871) and no cookie.
+    """
+    header = _HEADER.pack(query_id, _RECURSION_DESIRED, 1, 0, 0, 1)
+    return header + encode_name(name) + _QUESTION_END.pack(qtype, IN) + _opt(False, None)
+
+
+# --- A server's answer
+
+
+def parse_response(message: bytes, query_id: int, name: Hostname, qtype: int) -> Answer:
+    """What a server answers to `build_query(name, qtype, query_id)`. Raises MalformedResponse if this is no answer to that."""
+    try:
+        return _parse_response(message, query_id, encode_name(name), qtype)
+    except (struct.error, IndexError):
+        raise MalformedResponse("cut short") from None
+
+
+def _parse_response(message: bytes, query_id: int, name: bytes, qtype: int) -> Answer:
+    got_id, flags, questions, answers, authorities, _ = _HEADER.unpack_from(message)
+    if got_id != query_id or flags & (_RESPONSE | _OPCODE) != _RESPONSE:
+        raise MalformedResponse("not a response to this query")
+    offset = _HEADER.size + len(name)
+    # Lower case may be taken of wire bytes: a length is at most 63 and 'A' is 65.
+    if questions != 1 or message[_HEADER.size : offset].lower() != name:
+        raise MalformedResponse("answers another question")
+    if _QUESTION_END.unpack_from(message, offset) != (qtype, IN):
+        raise MalformedResponse("answers another type")
+    if answers > MAX_RECORDS or authorities > MAX_RECORDS:
+        raise MalformedResponse(f"{answers} and {authorities} records")
+    rcode = flags & 0xF
+    if flags & _TRUNCATED:
+        return Answer(rcode, truncated=True)
+
+    found, aliases, offset = _read_answers(message, offset + 4, answers, name[:-1], qtype)
+    addresses, ttl_s = _follow(name[:-1], found, aliases)
+    if addresses:
+        return Answer(rcode, addresses, ttl_s)
+    return Answer(rcode, negative_ttl_s=_read_negative_ttl(message, offset, authorities))
+
+
+type _Found = dict[bytes, list[tuple[int, bytes]]]  # by owner: TTL and packed address
+type _Aliases = dict[bytes, tuple[int, bytes]]  # by owner: TTL and target
+
+
+def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: int) -> tuple[_Found, _Aliases, int]:
+    found: _Found = {}
+    aliases: _Aliases = {}
+    size = 4 if qtype == A else 16
+    for _ in range(count):
+        if message[offset : offset + 2] == _NAME_POINTER:
+            owner = name
+            offset += 2
+        else:
+            owner, offset = _read_name(message, offset)
+        rtype, rclass, ttl_s, length = _RECORD.unpack_from(message, offset)
+        offset += _RECORD.size
+        end = offset + length
+        if end > len(message):
+            raise MalformedResponse("a record longer than the message")
+        if rclass != IN:
+            pass
+        elif rtype == qtype:
+            if length != size:
+                raise MalformedResponse(f"an address of {length} bytes")
+            found.setdefault(owner, []).append((_ttl(ttl_s), message[offset:end]))
+        elif rtype == CNAME:
+            target, after = _read_name(message, offset)
+            if after != end:
+                raise MalformedResponse("a CNAME longer or shorter than its name")
+            aliases.setdefault(owner, (_ttl(ttl_s), target))
+        offset = end
+    return found, aliases, offset
+
+
+def _follow(name: bytes, found: _Found, aliases: _Aliases) -> tuple[tuple[Address, ...], int]:
+    """The addresses at the end of the chain that starts at `name`. A record beside the chain is an injection, or noise."""
+    shortest_s = MAX_TTL
+    for _ in range(MAX_ALIASES + 1):
+        if records := found.get(name):
+            make = IPv4Address if len(records[0][1]) == 4 else IPv6Address
+            return tuple([make(packed) for _, packed in records]), min(shortest_s, *[ttl_s for ttl_s, _ in records])
+        if name not in aliases:
+            return (), 0
+        ttl_s, name = aliases[name]
+        shortest_s = min(shortest_s, ttl_s)
+    raise MalformedResponse("a CNAME chain without end")
+
+
+def _read_negative_ttl(message: bytes, offset: int, count: int) -> int | None:
+    for _ in range(count):
+        _, offset = _read_name(message, offset)
+        rtype, _, ttl_s, length = _RECORD.unpack_from(message, offset)
+        end = offset + _RECORD.size + length
+        if rtype == SOA:
+            if length < 4 or end > len(message):
+                raise MalformedResponse("an SOA record cut short")
+            return min(_ttl(ttl_s), _ttl(int.from_bytes(message[end - 4 : end])))  # RFC 2308 5: the smaller of TTL and MINIMUM
+        offset = end
+    return None
+
+
+def _read_name(message: bytes, offset: int) -> tuple[bytes, int]:
+    """Labels in wire form, lower case, without the root's zero byte; and where the name ends."""
+    labels = []
+    size = 0
+    end = 0
+    pointers = 0
+    start = offset  # of the labels being read
+    while length := message[offset]:
+        if length <= MAX_LABEL:
+            labels.append(message[offset : offset + 1 + length])
+            offset += length + 1
+            size += length + 1
+            if size >= MAX_NAME:
+                raise MalformedResponse("name longer than 255 bytes")
+            continue
+        target = (length & 0x3F) << 8 | message[offset + 1]
+        pointers += 1
+        # Backwards from where these labels began, not from the pointer: `a` + pointer to that `a` would never end.
+        if length < 0xC0 or target >= start or target < _HEADER.size or pointers > MAX_POINTERS:
+            raise MalformedResponse("a pointer that does not lead backwards, or too many")
+        end = end or offset + 2
+        start = offset = target
+    return b"".join(labels).lower(), end or offset + 1
+
+
+MAX_TTL = 0x7FFF_FFFF
+
+
+def _ttl(ttl_s: int) -> int:
+    return ttl_s if ttl_s <= MAX_TTL else 0  # RFC 2181 8: with the top bit set it is zero
