@@ -24,7 +24,7 @@ find-python:
 	@[ -n "$(PYTHON)" ] || { echo "outgate needs Python 3.12 or newer: install python3.12 (Debian, Ubuntu), 'pyenv install 3.13' or 'uv python install 3.13', then run make again" >&2; exit 2; }
 
 demo: setup ## the main job: a request let through and a request refused, on real TLS (no root, no network)
-	@$(VENV)/bin/python -m demo
+	@$(VENV)/bin/python scripts/demo.py
 
 test: setup system ## every test
 	$(VENV)/bin/python -m pytest

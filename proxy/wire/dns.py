@@ -1,4 +1,8 @@
-"""DNS messages as bytes: a workload's question, our answers to it, our own question, a server's answer. No sockets, no clock."""
+"""DNS messages as bytes: a workload's question, our answer to it, our own question, a server's answer. No sockets, no clock.
+
+RFC 1035, with 2308 (absence), 6891 (OPT) and 8914 (extended errors). Nothing here copies bytes from a workload's message
+into one for a server, or from a server's into one for a workload: both are read into values and written anew.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,18 @@ from policies.model import Address
 A, CNAME, SOA, AAAA, OPT = 1, 5, 6, 28, 41
 IN = 1
 TYPE_NAMES = {
-    **{A: "A", 2: "NS", CNAME: "CNAME", SOA: "SOA", 10: "NULL", 12: "PTR", 15: "MX", 16: "TXT", AAAA: "AAAA", 33: "SRV"},
+    **{
+        A: "A",
+        2: "NS",
+        CNAME: "CNAME",
+        SOA: "SOA",
+        10: "NULL",
+        12: "PTR",
+        15: "MX",
+        16: "TXT",
+        AAAA: "AAAA",
+        33: "SRV",
+    },
     **{35: "NAPTR", OPT: "OPT", 43: "DS", 46: "RRSIG", 48: "DNSKEY", 52: "TLSA", 64: "SVCB", 65: "HTTPS", 257: "CAA"},
     **{251: "IXFR", 252: "AXFR", 255: "ANY"},
 }
@@ -27,6 +42,7 @@ MAX_NAME = 255  # RFC 1035 2.3.4, with the root's zero byte
 MAX_LABEL = 63
 MAX_POINTERS = 16  # per name; a chain of thousands costs the reader, not the writer
 MAX_RECORDS = 1024  # per section, for the same reason
+MAX_TTL = 0x7FFF_FFFF  # RFC 2181 8
 MAX_ALIASES = 16  # CNAMEs followed from the question
 
 _HEADER = struct.Struct("!6H")
@@ -35,13 +51,16 @@ _RECORD = struct.Struct("!HHIH")  # type, class, TTL, length; the name stands be
 _OPT = struct.Struct("!BHHBBHH")  # root, OPT, size, upper rcode, version, flags, length
 
 # Header bits (RFC 1035 4.1.1, RFC 4035 3.1.6)
-_RESPONSE, _OPCODE, _TRUNCATED, _RECURSION_DESIRED, _RECURSION_AVAILABLE, _CHECKING_DISABLED = (
-    *(0x8000, 0x7800, 0x0200),
-    *(0x0100, 0x0080, 0x0010),
-)
+_RESPONSE = 0x8000
+_OPCODE = 0x7800
+_TRUNCATED = 0x0200
+_RECURSION_DESIRED = 0x0100
+_RECURSION_AVAILABLE = 0x0080
+_CHECKING_DISABLED = 0x0010
 _ECHOED = _RECURSION_DESIRED | _CHECKING_DISABLED  # RFC 4035 3.2.2: CD is given back as it came
 _DNSSEC_OK = 0x8000
 _EDE = 15  # RFC 8914 2
+_SOA_SOURCE = b"\x07outgate\x07invalid\0\0"  # MNAME and, as the root, RNAME (RFC 1035 3.3.13)
 _NAME_POINTER = b"\xc0\x0c"  # the question's name, always at offset 12
 _PLAIN_NAME = re.compile(rb"[!-\[\]-~]*")  # printable ASCII without the backslash
 _PLAIN_BYTES = frozenset(range(0x21, 0x7F)) - {0x2E, 0x5C}
@@ -248,8 +267,7 @@ def _opt(dnssec_ok: bool, note: Note | None) -> bytes:
 
 def _soa(ttl_s: int) -> bytes:
     # Owned by the asked name itself: whatever zone a caching client believes it asked, this SOA lies inside it.
-    source = encode_name(Hostname("outgate.invalid")) + b"\0"
-    body = source + struct.pack("!5I", 1, 3600, 600, 86400, ttl_s)
+    body = _SOA_SOURCE + struct.pack("!5I", 1, 3600, 600, 86400, ttl_s)
     return _NAME_POINTER + _RECORD.pack(SOA, IN, ttl_s, len(body)) + body
 
 
@@ -274,7 +292,7 @@ def build_query(name: Hostname, qtype: int, query_id: int) -> bytes:
 
 
 def parse_response(message: bytes, query_id: int, name: Hostname, qtype: int) -> Answer:
-    """What a server answers to `build_query(name, qtype, query_id)`. Raises MalformedResponse if this is no answer to that."""
+    """What a server answers to `build_query(name, qtype, query_id)`; MalformedResponse if this is no answer to that."""
     try:
         return _parse_response(message, query_id, encode_name(name), qtype)
     except (struct.error, IndexError):
@@ -311,13 +329,17 @@ type _Aliases = dict[bytes, tuple[int, bytes]]  # by owner: TTL and target
 def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: int) -> tuple[_Found, _Aliases, int]:
     found: _Found = {}
     aliases: _Aliases = {}
+    owners = {_NAME_POINTER: name}  # by pointer: nearly every record of an answer points to the same few names
     size = 4 if qtype == A else 16
     for _ in range(count):
-        if message[offset : offset + 2] == _NAME_POINTER:
-            owner = name
+        pointer = message[offset : offset + 2]
+        owner = owners.get(pointer)
+        if owner is not None:
             offset += 2
         else:
             owner, offset = _read_name(message, offset)
+            if pointer[0] >= 0xC0:
+                owners[pointer] = owner
         rtype, rclass, ttl_s, length = _RECORD.unpack_from(message, offset)
         offset += _RECORD.size
         end = offset + length
@@ -339,7 +361,7 @@ def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: i
 
 
 def _follow(name: bytes, found: _Found, aliases: _Aliases) -> tuple[tuple[Address, ...], int]:
-    """The addresses at the end of the chain that starts at `name`. A record beside the chain is an injection, or noise."""
+    """The addresses at the end of the chain that starts at `name`; a record beside the chain is an injection, or noise."""
     shortest_s = MAX_TTL
     for _ in range(MAX_ALIASES + 1):
         if records := found.get(name):
@@ -360,7 +382,9 @@ def _read_negative_ttl(message: bytes, offset: int, count: int) -> int | None:
         if rtype == SOA:
             if length < 4 or end > len(message):
                 raise MalformedResponse("an SOA record cut short")
-            return min(_ttl(ttl_s), _ttl(int.from_bytes(message[end - 4 : end])))  # RFC 2308 5: the smaller of TTL and MINIMUM
+            return min(
+                _ttl(ttl_s), _ttl(int.from_bytes(message[end - 4 : end]))
+            )  # RFC 2308 5: the smaller of TTL and MINIMUM
         offset = end
     return None
 
@@ -390,8 +414,5 @@ def _read_name(message: bytes, offset: int) -> tuple[bytes, int]:
     return b"".join(labels).lower(), end or offset + 1
 
 
-MAX_TTL = 0x7FFF_FFFF
-
-
 def _ttl(ttl_s: int) -> int:
-    return ttl_s if ttl_s <= MAX_TTL else 0  # RFC 2181 8: with the top bit set it is zero
+    return ttl_s if ttl_s <= MAX_TTL else 0  # RFC 2181 8: with the top bit set it counts as zero
