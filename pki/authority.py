@@ -27,7 +27,7 @@ _MAX_HOST = 253
 
 
 class AuthorityError(Exception):
-    """No certificate is issued: the name cannot stand in one, or the issuing CA is not valid now. `str()` says which."""
+    """No certificate is issued: the name cannot stand in one, or its issuer is not valid now. `str()` says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,10 @@ def create_authority(
 
 
 def create_root(now: datetime, *, name: str, years: int = 10) -> Root:
-    """A new self-signed root. It has no path length: Go and OpenSSL would count the cross certificates of a rotation."""
+    """A new self-signed root, without a path length: Go and OpenSSL would hold cross certificates against it."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _ca_name(name, "root", key)
-    before, after = _life(now, years * YEAR)
-    unsigned = _ca(subject, subject, key, key_identifier(key.public_key()), before, after, path_length=None)
+    unsigned = _unsigned_ca(subject, key, _life(now, years * YEAR), path_length=None)
     return Root(unsigned.sign(key, hashes.SHA256()), key)
 
 
@@ -94,8 +93,7 @@ def create_issuing(root: Root, now: datetime, *, name: str, life: timedelta = YE
     _require_valid(root.certificate, now)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = _ca_name(name, "issuing CA", key)
-    before, after = _life(now, life, root.certificate)
-    unsigned = _ca(subject, root.certificate.subject, key, _identifier_of(root.certificate), before, after, path_length=0)
+    unsigned = _unsigned_ca(subject, key, _life(now, life, root.certificate), root.certificate, path_length=0)
     certificate = unsigned.sign(root.key, hashes.SHA256())
     return Issuing(certificate, key, (certificate,))
 
@@ -108,12 +106,12 @@ def issue_leaf(issuing: Issuing, host: str, now: datetime) -> Leaf:
     alternative = _alternative_name(host)
     _require_valid(issuing.certificate, now)
     key = ec.generate_private_key(ec.SECP256R1())
-    before, after = _life(now, LEAF_LIFE, issuing.certificate)
+    life = _life(now, LEAF_LIFE, issuing.certificate)
     # RFC 5280 4.2.1.6: without a subject the alternative name is critical. Java 17 and Python 3.13 insist.
     named = len(host) <= MAX_NAME
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)] if named else [])
     certificate = (
-        _unsigned(subject, issuing.certificate.subject, key, _identifier_of(issuing.certificate), before, after)
+        _unsigned(subject, key, life, issuing.certificate)
         .add_extension(x509.SubjectAlternativeName([alternative]), critical=not named)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(ca=False), critical=True)
@@ -121,7 +119,7 @@ def issue_leaf(issuing: Issuing, host: str, now: datetime) -> Leaf:
         .sign(issuing.key, hashes.SHA256())
     )
     # Counted from now, not from the backdated start: near its issuer's end a leaf would be stale as it is minted.
-    return Leaf(host, certificate, key, issuing.chain, renew_at=now + (after - now) / 2)
+    return Leaf(host, certificate, key, issuing.chain, renew_at=now + (life[1] - now) / 2)
 
 
 def certificate_id(certificate: x509.Certificate) -> str:
@@ -140,10 +138,6 @@ def certificates_pem(*certificates: x509.Certificate) -> bytes:
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-
-
-def key_identifier(key: ec.EllipticCurvePublicKey) -> x509.SubjectKeyIdentifier:
-    return x509.SubjectKeyIdentifier.from_public_key(key)
 
 
 def _alternative_name(host: str) -> x509.GeneralName:
@@ -166,10 +160,10 @@ def _address(host: str) -> IPv4Address | IPv6Address | None:
 
 def _require_valid(issuer: x509.Certificate, now: datetime) -> None:
     if now >= issuer.not_valid_after_utc:
-        raise AuthorityError(f"CA {certificate_id(issuer)} expired on {issuer.not_valid_after_utc:%Y-%m-%d}; renew it")
+        raise AuthorityError(f"CA {certificate_id(issuer)} expired at {issuer.not_valid_after_utc}; renew it")
     if now < issuer.not_valid_before_utc:
         raise AuthorityError(
-            f"CA {certificate_id(issuer)} is not valid before {issuer.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; set the clock"
+            f"CA {certificate_id(issuer)} is not valid before {issuer.not_valid_before_utc}; set the clock"
         )
 
 
@@ -182,18 +176,16 @@ def _life(now: datetime, life: timedelta, issuer: x509.Certificate | None = None
     return max(before, issuer.not_valid_before_utc), min(after, issuer.not_valid_after_utc)
 
 
-def _ca(
+def _unsigned_ca(
     subject: x509.Name,
-    issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
-    issuer_identifier: x509.SubjectKeyIdentifier,
-    before: datetime,
-    after: datetime,
+    life: tuple[datetime, datetime],
+    issuer: x509.Certificate | None = None,
     *,
     path_length: int | None,
 ) -> x509.CertificateBuilder:
     return (
-        _unsigned(subject, issuer, key, issuer_identifier, before, after)
+        _unsigned(subject, key, life, issuer)
         .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
         .add_extension(_key_usage(ca=True), critical=True)
     )
@@ -201,23 +193,26 @@ def _ca(
 
 def _unsigned(
     subject: x509.Name,
-    issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
-    issuer_identifier: x509.SubjectKeyIdentifier,
-    before: datetime,
-    after: datetime,
+    life: tuple[datetime, datetime],
+    issuer: x509.Certificate | None,
 ) -> x509.CertificateBuilder:
+    """What every certificate carries. Without an issuer it is its own."""
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    issuer_identifier = _identifier_of(issuer) if issuer else identifier
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
-        .issuer_name(issuer)
+        .issuer_name(issuer.subject if issuer else subject)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(before)
-        .not_valid_after(after)
-        .add_extension(key_identifier(key.public_key()), critical=False)
+        .not_valid_before(life[0])
+        .not_valid_after(life[1])
+        .add_extension(identifier, critical=False)
         # The issuer's own identifier, not a digest made again: a client finds the issuer by comparing the two.
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_identifier), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_identifier), critical=False
+        )
     )
 
 
@@ -243,7 +238,7 @@ def _ca_name(name: str, role: str, key: ec.EllipticCurvePrivateKey) -> x509.Name
     """`O=name, CN=Outgate root 1a2b3c4d`: the digits keep two authorities of one name apart in a client's store."""
     if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
         raise AuthorityError(f"{name[:80]!r} cannot name an authority; use 1 to {MAX_NAME} printable characters")
-    digits = key_identifier(key.public_key()).digest.hex()[:8]
+    digits = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest.hex()[:8]
     return x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, name),

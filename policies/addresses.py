@@ -1,7 +1,7 @@
-"""Which addresses a gate may reach, by the IANA registries and the clouds' own documents. It resolves and dials nothing.
+"""Which addresses a gate may reach, by IANA's registries and the clouds' documents. It resolves and dials nothing.
 
-The tables are ours: `ipaddress.is_private` changed its mind between patch releases of Python. An IPv6 address that carries
-IPv4 addresses (mapped, NAT64, 6to4, Teredo, ISATAP, ...) is as bad as the worst of them and of itself.
+The tables are ours: `ipaddress.is_private` changed its mind between patch releases of Python. An IPv6 address that
+carries IPv4 addresses (mapped, NAT64, 6to4, Teredo, ISATAP, ...) is as bad as the worst of them and of itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _METADATA = (
     "fd20:ce::254/128",  # Google
     "fd00:c1::a9fe:a9fe/128",  # Oracle
     "fd00:42::42/128",  # Scaleway
+    "fd00:a9fe:a9fe::1/128",  # Akamai (Linode)
+    "fd00:100::100:200/128",  # Alibaba
 )
 _LINK_LOCAL = (
     "169.254.0.0/16",  # RFC 3927
@@ -89,6 +91,18 @@ _PUBLIC = (
 _UNASSIGNED_V6 = "::/0"  # IANA gives out global unicast from 2000::/3 only; the rest leads nowhere public
 _GLOBAL_UNICAST_V6 = "2000::/3"
 
+_LOW32 = 0xFFFFFFFF
+_MAPPED = 0xFFFF  # ::ffff:a.b.c.d without its last 32 bits
+_BADNESS = (Reach.PUBLIC, Reach.PRIVATE, Reach.NEVER)
+_ENDS_IN_V4 = frozenset(
+    (
+        0,  # ::a.b.c.d, RFC 4291 2.5.5.1: IPv4-compatible
+        _MAPPED,
+        0xFFFF0000,  # ::ffff:0:a.b.c.d, RFC 2765: IPv4-translated
+        0x0064FF9B << 64,  # 64:ff9b::a.b.c.d, RFC 6052
+    )
+)
+
 
 def classify(address: Address) -> Reach:
     """How far `address` may be reached: the worst of itself and of every IPv4 address hidden in it."""
@@ -126,7 +140,7 @@ def overlaps_never(network: Network) -> bool:
 
 
 class PrefixMap[V]:
-    """Values by prefix. A look-up costs one dict access for each prefix length in use, however many prefixes there are."""
+    """Values by prefix. A look-up costs one dict access for each prefix length in use, however many prefixes."""
 
     def __init__(self, pairs: Iterable[tuple[Network, V]] = ()) -> None:
         tables: dict[int, dict[int, dict[int, list[V]]]] = {4: {}, 6: {}}
@@ -161,11 +175,6 @@ class PrefixMap[V]:
         return found
 
 
-_LOW32 = 0xFFFFFFFF
-_MAPPED = 0xFFFF  # ::ffff:a.b.c.d, shifted by 32
-_BADNESS = (Reach.PUBLIC, Reach.PRIVATE, Reach.NEVER)
-
-
 def _worse(one: Reach, other: Reach) -> Reach:
     return max(one, other, key=_BADNESS.index)
 
@@ -174,7 +183,7 @@ def _embedded(number: int) -> Iterator[int]:
     """Every IPv4 address that an IPv6 address carries."""
     low = number & _LOW32
     high = number >> 32
-    if high in _LOW_IS_V4:
+    if high in _ENDS_IN_V4:
         yield low
     if high & 0xFDFFFFFF == 0x5EFE:  # RFC 5214 6.1: ISATAP, with and without the universal bit
         yield low
@@ -184,28 +193,16 @@ def _embedded(number: int) -> Iterator[int]:
     elif number >> 96 == 0x20010000:  # RFC 4380 4: Teredo; server, and client with its bits flipped
         yield number >> 64 & _LOW32
         yield low ^ _LOW32
-    elif number >> 80 == 0x0064FF9B0001:  # RFC 8215, laid out as RFC 6052 2.2 says for /96, /64, /56 and /48
-        yield low
+    elif number >> 80 == 0x0064FF9B0001:  # RFC 8215
         yield from _local_nat64(number)
 
 
-_LOW_IS_V4 = frozenset(
-    (
-        0,  # ::a.b.c.d, RFC 4291 2.5.5.1: IPv4-compatible
-        _MAPPED,
-        0xFFFF0000,  # ::ffff:0:a.b.c.d, RFC 2765: IPv4-translated
-        0x0064FF9B << 64,  # 64:ff9b::a.b.c.d, RFC 6052
-    )
-)
-
-
 def _local_nat64(number: int) -> Iterator[int]:
-    """The IPv4 address around the reserved octet (bits 64 to 71), wherever the rest of the address is zero."""
-    joined = number >> 64 << 56 | number & (1 << 56) - 1  # without that octet: 120 bits
-    for prefix_bits in (64, 56, 48):
-        rest_bits = 120 - prefix_bits - 32
-        if joined & (1 << rest_bits) - 1 == 0:
-            yield joined >> rest_bits & _LOW32
+    """Each IPv4 address that a translator may read, as it is set up for /96, /64, /56 or /48 (RFC 6052 2.2)."""
+    joined = number >> 64 << 56 | number & (1 << 56) - 1  # the shorter three lie around the octet of bits 64 to 71
+    readings = [number & _LOW32]
+    readings += [joined >> zeros & _LOW32 for zeros in (24, 32, 40) if joined & (1 << zeros) - 1 == 0]
+    yield from filter(None, readings)  # nothing in one place: the address stands in another
 
 
 def _unmapped(network: Network) -> Network:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 MAX_PROBLEMS = 100  # of one file; a mistake made by a generator repeats a million times, and the first hundred suffice
 _MAX_QUOTED = 60
+_MAX_LISTED = 30
 _MAX_COMPARED = 60  # longer words are not a slip of the finger, and comparing them costs length times length
 
 
@@ -22,16 +23,21 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     asked = _bare(word)
     found, best = None, max(2, len(asked) // 3) + 1
     for candidate in sorted(known):
-        if abs(len(candidate) - len(word)) <= best + 2 and (distance := _distance(asked, _bare(candidate))) < best:
+        if (
+            abs(len(candidate) - len(word)) <= best + 2
+            and (distance := _distance(asked, _bare(candidate), best)) < best
+        ):
             found, best = candidate, distance
     return found
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The repair of an unknown word: the nearest known one, else all of them."""
+    """The repair of an unknown word: the nearest known one, else all of them where they are few."""
     words = sorted(known)
     if found := nearest(word, words):
         return f'did you mean "{found}"?'
+    if len(words) > _MAX_LISTED:
+        return f"none of the {len(words)} known is near"
     return "there is " + (", ".join(words) if words else "none")
 
 
@@ -40,8 +46,8 @@ def _bare(word: str) -> str:
     return word.casefold().replace("_", "").replace("-", "")
 
 
-def _distance(a: str, b: str) -> int:
-    """Damerau-Levenshtein distance (adjacent letters swapped count one)."""
+def _distance(a: str, b: str, enough: int) -> int:
+    """Damerau-Levenshtein distance (adjacent letters swapped count one), or `enough` where it is no less."""
     before: list[int] = []
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -51,4 +57,6 @@ def _distance(a: str, b: str) -> int:
             if last and j > 1 and x == b[j - 2] and a[i - 2] == y:
                 cost = min(cost, last[j - 2] + 1)
             row.append(cost)
+        if min(row) > enough:
+            return enough
     return row[-1]

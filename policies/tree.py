@@ -75,7 +75,7 @@ class Scalar(NamedTuple):
         return int(self.text) if self.plain and _WHOLE.fullmatch(self.text) else None
 
 
-class Sequence(NamedTuple):
+class ListNode(NamedTuple):
     items: tuple[Node, ...]
     line: int
     column: int
@@ -85,7 +85,7 @@ class Sequence(NamedTuple):
         return "a list"
 
 
-class Mapping(NamedTuple):
+class MapNode(NamedTuple):
     entries: tuple[tuple[Scalar, Node], ...]
     line: int
     column: int
@@ -95,7 +95,7 @@ class Mapping(NamedTuple):
         return "a mapping"
 
 
-type Node = Scalar | Sequence | Mapping
+type Node = Scalar | ListNode | MapNode
 
 
 def decode(file: str, content: bytes) -> Source:
@@ -149,7 +149,7 @@ class _Open:
         self.key: Scalar | None = None
 
     def close(self) -> Node:
-        kind = Sequence if self.keys is None else Mapping
+        kind = ListNode if self.keys is None else MapNode
         # mypy: the two kinds of items cannot mix, `keys` tells which they are
         return kind(tuple(self.items), self.line, self.column)  # type: ignore[arg-type]
 
@@ -163,7 +163,7 @@ class _Composer:
 
     def compose(self, parser: CParser) -> Node:
         """The root node; an empty mapping for a file without one."""
-        root: Node = Mapping((), 1, 1)
+        root: Node = MapNode((), 1, 1)
         documents = 0
         stack: list[_Open] = []
         next_event = parser.get_event

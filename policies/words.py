@@ -162,7 +162,9 @@ def _port(url: _Url) -> int:
 def _refuse_extras(method: str, url: _Url) -> None:
     shown = f"{url.scheme}://{url.host}"
     if method:
-        raise MalformedWords(f"a {url.scheme} attempt has no method; write {shown}, or {method} https://{url.host}/path")
+        raise MalformedWords(
+            f"a {url.scheme} attempt has no method; write {shown}, or {method} https://{url.host}/path"
+        )
     if url.target not in ("", "/"):
         repair = f"{shown}, or GET https://{url.host}{url.target}" if url.scheme == "tls" else shown
         raise MalformedWords(f'a {url.scheme} attempt has no path "{url.target}"; write {repair}')

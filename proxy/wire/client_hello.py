@@ -6,6 +6,7 @@ RFC 8446 (TLS 1.3), RFC 6066 (server name), RFC 7301 (ALPN), RFC 9849 (Encrypted
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 from enum import Enum, IntEnum, auto
 
@@ -15,6 +16,8 @@ _HANDSHAKE = 0x16
 _CLIENT_HELLO = 0x01
 _MAX_RECORD = 1 << 14  # RFC 8446 5.1: a plaintext record carries at most 2^14 bytes
 _SERVER_NAME, _ALPN, _SUPPORTED_VERSIONS, _ENCRYPTED_CLIENT_HELLO = 0, 16, 43, 0xFE0D
+
+_EXTENSION = struct.Struct("!HH").unpack_from  # kind and length
 
 # Method, space, and the start of a target: `/path`, `*`, `http://`. Not `SSH-2.0`, not `EHLO name`.
 _REQUEST_LINE = re.compile(rb"[A-Z][A-Z_-]{0,31} (?:[/*]|(?i:https?:))|CONNECT [^ ]")
@@ -62,7 +65,7 @@ class ClientHello:
 
 
 def classify_first(data: bytes) -> First | None:
-    """What `data`, the first bytes of a connection, begin. None: more bytes are needed to tell. An SSLv2 hello is OTHER."""
+    """What the first bytes of a connection begin. None: more bytes are needed to tell. An SSLv2 hello is OTHER."""
     if not data:
         return None
     if data[0] == _HANDSHAKE:
@@ -97,7 +100,7 @@ def render_alert(description: Alert) -> bytes:
 
 
 def _join(data: bytes, max_hello: int) -> tuple[bytes, int] | int:
-    """The body of the message joined over its records and the wire bytes it took; or the wire bytes it needs at least."""
+    """The message body joined over its records and the wire bytes it took; or the wire bytes it needs at least."""
     message = b""
     at = 0
     while True:
@@ -174,8 +177,8 @@ def _parse_extensions(body: bytes, at: int, end: int, length: int) -> ClientHell
         start = at + 4
         if start > end:
             raise MalformedHello("extension header")
-        kind = body[at] << 8 | body[at + 1]
-        at = start + (body[at + 2] << 8 | body[at + 3])
+        kind, size = _EXTENSION(body, at)
+        at = start + size
         if at > end:
             raise MalformedHello("extension length")
         if kind in seen:  # RFC 8446 4.2; two server names would be read differently by us and by the server

@@ -1,7 +1,7 @@
-"""DNS messages as bytes: a workload's question, our answer to it, our own question, a server's answer. No sockets, no clock.
+"""DNS messages as bytes: a workload's question, our answer, our own question, a server's answer. No sockets, no clock.
 
-RFC 1035, with 2308 (absence), 6891 (OPT) and 8914 (extended errors). Nothing here copies bytes from a workload's message
-into one for a server, or from a server's into one for a workload: both are read into values and written anew.
+RFC 1035, with 2308 (absence), 6891 (OPT) and 8914 (extended errors). Nothing here copies bytes of a workload's message
+into one for a server, or of a server's into one for a workload: both are read into values and written anew.
 """
 
 from __future__ import annotations
@@ -18,22 +18,8 @@ from policies.model import Address
 
 A, CNAME, SOA, AAAA, OPT = 1, 5, 6, 28, 41
 IN = 1
-TYPE_NAMES = {
-    **{
-        A: "A",
-        2: "NS",
-        CNAME: "CNAME",
-        SOA: "SOA",
-        10: "NULL",
-        12: "PTR",
-        15: "MX",
-        16: "TXT",
-        AAAA: "AAAA",
-        33: "SRV",
-    },
-    **{35: "NAPTR", OPT: "OPT", 43: "DS", 46: "RRSIG", 48: "DNSKEY", 52: "TLSA", 64: "SVCB", 65: "HTTPS", 257: "CAA"},
-    **{251: "IXFR", 252: "AXFR", 255: "ANY"},
-}
+TYPE_NAMES = {A: "A", 2: "NS", CNAME: "CNAME", SOA: "SOA", 12: "PTR", 15: "MX", 16: "TXT", AAAA: "AAAA", 33: "SRV"}
+TYPE_NAMES |= {43: "DS", 46: "RRSIG", 48: "DNSKEY", 52: "TLSA", 64: "SVCB", 65: "HTTPS", 255: "ANY", 257: "CAA"}
 
 MAX_MESSAGE = 65535  # RFC 1035 4.2.2: the length prefix over TCP is 16 bits
 MIN_UDP = 512  # RFC 1035 4.2.1: what every client takes
@@ -78,6 +64,7 @@ class Rcode(IntEnum):
 class ExtendedError(IntEnum):
     """Why an answer is empty, for a person with `dig` (RFC 8914 4)."""
 
+    OTHER = 0
     BLOCKED = 15  # the policy says no
     PROHIBITED = 18  # this client is no known workload
     NO_REACHABLE_AUTHORITY = 22
@@ -109,10 +96,6 @@ class Query:
     echoed: int = 0
     udp_size: int | None = None
     dnssec_ok: bool = False
-
-    @property
-    def recursion_desired(self) -> bool:
-        return bool(self.echoed & _RECURSION_DESIRED)
 
     @property
     def udp_limit(self) -> int:
@@ -361,7 +344,7 @@ def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: i
 
 
 def _follow(name: bytes, found: _Found, aliases: _Aliases) -> tuple[tuple[Address, ...], int]:
-    """The addresses at the end of the chain that starts at `name`; a record beside the chain is an injection, or noise."""
+    """The addresses at the end of the chain that starts at `name`. A record beside that chain answers nothing."""
     shortest_s = MAX_TTL
     for _ in range(MAX_ALIASES + 1):
         if records := found.get(name):
@@ -407,8 +390,10 @@ def _read_name(message: bytes, offset: int) -> tuple[bytes, int]:
         target = (length & 0x3F) << 8 | message[offset + 1]
         pointers += 1
         # Backwards from where these labels began, not from the pointer: `a` + pointer to that `a` would never end.
-        if length < 0xC0 or target >= start or target < _HEADER.size or pointers > MAX_POINTERS:
-            raise MalformedResponse("a pointer that does not lead backwards, or too many")
+        if length < 0xC0 or target >= start or target < _HEADER.size:
+            raise MalformedResponse("a pointer that does not lead backwards")
+        if pointers > MAX_POINTERS:
+            raise MalformedResponse("too many pointers in one name")
         end = end or offset + 2
         start = offset = target
     return b"".join(labels).lower(), end or offset + 1

@@ -1,0 +1,89 @@
+"""The mitmproxy addon that tells how each request ended: the judgement, the status, and the bytes of both bodies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mitmproxy import http
+
+from addons.gate import JUDGEMENT
+from addons.judge import Judgement
+
+_METER = "outgate.meter"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one request ended. Bytes are those of the bodies, as the workload sees them.
+
+    started  POSIX seconds
+    peer     the upstream address that was dialled; None where none was
+    status   what the client was answered with, by the origin or by us; None where nothing was answered
+    """
+
+    judgement: Judgement
+    source: tuple[str, int]
+    started: float
+    peer: tuple[str, int] | None = None
+    status: int | None = None
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+class Recorder:
+    """Reports every flow that the gate judged, once."""
+
+    def __init__(self, report: Callable[[Outcome], None]) -> None:
+        self._report = report
+
+    def requestheaders(self, flow: http.HTTPFlow) -> None:
+        if flow.request.stream:
+            meter = flow.metadata[_METER] = _Meter()
+            flow.request.stream = meter.send
+
+    def responseheaders(self, flow: http.HTTPFlow) -> None:
+        if flow.response and flow.response.stream and (meter := flow.metadata.get(_METER)):
+            flow.response.stream = meter.receive
+
+    def response(self, flow: http.HTTPFlow) -> None:
+        self._finish(flow)
+
+    def error(self, flow: http.HTTPFlow) -> None:
+        self._finish(flow)
+
+    def _finish(self, flow: http.HTTPFlow) -> None:
+        judgement: Judgement | None = flow.metadata.get(JUDGEMENT)
+        if judgement is None:
+            return
+        meter: _Meter = flow.metadata.get(_METER) or _Meter()
+        response = flow.response
+        self._report(
+            Outcome(
+                judgement,
+                source=flow.client_conn.peername,
+                started=flow.request.timestamp_start,
+                peer=flow.server_conn.peername,
+                status=response.status_code if response else None,
+                bytes_sent=meter.sent,
+                bytes_received=meter.received + len(response.raw_content or b"" if response else b""),
+            )
+        )
+
+
+class _Meter:
+    """Counts what streams through it, and changes nothing."""
+
+    __slots__ = ("received", "sent")
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.received = 0
+
+    def send(self, data: bytes) -> bytes:
+        self.sent += len(data)
+        return data
+
+    def receive(self, data: bytes) -> bytes:
+        self.received += len(data)
+        return data

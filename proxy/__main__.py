@@ -1,0 +1,5 @@
+"""`python -m proxy` is `outgate`."""
+
+from proxy.cli import main
+
+main()

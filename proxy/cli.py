@@ -1,0 +1,66 @@
+"""The command `outgate`: finds the subcommand and imports it alone, so that `why` never pays for the gate."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+COMMANDS = {  # name: (where it lives, its line in --help)
+    "run": ("proxy.commands.run:run", "Run a command that reaches what its policy names and nothing else."),
+    "serve": ("proxy.commands.serve:serve", "Serve redirected connections in the foreground."),
+    "check": ("proxy.commands.check:check", "Load policy files, run their tests, warn of what is risky."),
+    "test": ("proxy.commands.test:test", "Run the tests written in policy files."),
+    "why": ("proxy.commands.why:why", "Say whether an attempt passes, by which rule, and what would change it."),
+    "schema": ("proxy.commands.schema:schema", "Print the JSON Schema of policy files."),
+    "pki": ("proxy.commands.pki:pki", "Make the authority that inspection needs."),
+    "version": ("proxy.commands.version:version", "Print the versions that matter."),
+}
+
+EPILOG = """\b
+Exit codes: 0 yes; 1 no (denied, a test failed, check found errors); 2 usage; 3 could not start.
+`outgate run` passes on the command's own status; 125 when the gate could not start, 126 and 127 as a shell.
+
+\b
+Example:
+  outgate run -p weather.yaml -w weather -- python weather.py
+  outgate why -p weather.yaml -w weather 'GET https://dataservice.accuweather.com/forecasts'
+"""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+def outgate() -> None:
+    """A workload talks to what its policy names, and to nothing else."""
+
+
+def main() -> None:
+    """The entry point. A closed pipe (`outgate why … | head`) is no error worth a traceback."""
+    try:
+        outgate(prog_name="outgate")
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

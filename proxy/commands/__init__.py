@@ -1,0 +1,61 @@
+"""The subcommands of `outgate`, one a module, and what they share: the policy option, loading, and how a rule is shown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:  # a command that prints its help loads no policy
+    from policies.errors import Problem
+    from policies.index import Policy
+    from policies.model import AnyRule
+
+YES, NO, USAGE, NOT_STARTED = 0, 1, 2, 3
+
+type Json = dict[str, object]
+
+
+def policy_option[F: Callable[..., Any]](command: F) -> F:  # click's own type of what it decorates
+    """`-p FILE`, repeatable: files merge."""
+    return click.option(
+        "-p",
+        "--policy",
+        "paths",
+        multiple=True,
+        required=True,
+        envvar="OUTGATE_POLICY",
+        show_envvar=True,
+        type=click.Path(),
+        metavar="FILE",
+        help="Policy file; repeat to merge several.",
+    )(command)
+
+
+def load_policy(paths: Sequence[str], *, exit_code: int) -> Policy:
+    """The merged policy. What is wrong with it goes to stderr, a problem a line, and the command ends with `exit_code`."""
+    from policies.errors import PolicyError
+    from proxy.console import Console
+    from proxy.policy_files import read_policy
+
+    try:
+        return read_policy(paths)
+    except PolicyError as error:
+        stderr = Console(sys.stderr)
+        for problem in error.problems:
+            stderr.line(str(problem))
+        raise SystemExit(exit_code) from error
+
+
+def problem_json(problem: Problem) -> Json:
+    place = problem.place
+    where = {"file": place.file, "line": place.line, "column": place.column}
+    return {**where, "message": problem.message, "repair": problem.hint}
+
+
+def rule_json(rule: AnyRule | None) -> Json | None:
+    if rule is None:
+        return None
+    return {"file": rule.place.file, "line": rule.place.line, "name": rule.name, "label": rule.label}

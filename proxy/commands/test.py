@@ -1,0 +1,103 @@
+"""`outgate test`: the tests written in policy files, run by the function that the gate calls."""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from proxy.commands import NO, YES, Json, load_policy, policy_option, rule_json
+
+if TYPE_CHECKING:
+    from policies.cases import CaseResult
+    from proxy.console import Cell, Span
+
+EPILOG = """\b
+Example:
+  outgate test -p weather.yaml
+
+\b
+Exit codes: 0 all passed; 1 one failed, there are none, or the policy does not load; 2 usage.
+JSON keys: ok passed failed cases[file line workload attempt expected got ok reason because rule]
+"""
+
+
+@click.command(epilog=EPILOG)
+@policy_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def test(ctx: click.Context, paths: tuple[str, ...], as_json: bool) -> None:
+    """Run the tests written in policy files.
+
+    Each case is judged as enforcement would, also where the mode is audit.
+    """
+    policy = load_policy(paths, exit_code=NO)
+
+    from policies.cases import run
+    from proxy.console import Console, stop
+
+    results = run(policy, clock.time())
+    failed = sum(not result.is_pass for result in results)
+    ok = bool(results) and not failed
+    if as_json:
+        cases = [_case_json(result) for result in results]
+        Console().json({"ok": ok, "passed": len(results) - failed, "failed": failed, "cases": cases})
+    elif not results:
+        stop("no tests to run; write some under tests: WORKLOAD: allow: and deny:", NO)
+    else:
+        Console().rows(map(case_row, results))
+        Console().line("")
+        Console().line(count(results))
+    ctx.exit(YES if ok else NO)
+
+
+def case_row(result: CaseResult) -> list[Cell]:
+    """One case: what was expected, and the rule that decided or what came instead."""
+    from policies.explain import because
+    from proxy.console import Style
+
+    words = [result.test.workload, str(result.expected), result.test.words]
+    if result.verdict is None:
+        return [("FAIL", Style.BAD), *words, f"{result.place}: {result.error}"]
+    if not result.is_pass:
+        why = f"{result.place}: got {result.got}, {because(result.steps)}"
+        return [("FAIL", Style.BAD), *words, why + (f": {result.verdict.rule}" if result.verdict.is_allow else "")]
+    return [("ok", Style.GOOD), *words, (_decider(result), Style.DIM)]
+
+
+def count(results: Sequence[CaseResult]) -> Span:
+    """`9 passed`, or `1 failed, 8 passed`."""
+    from proxy.console import Style
+
+    failed = sum(not result.is_pass for result in results)
+    passed = f"{len(results) - failed} passed"
+    return (f"{failed} failed, {passed}", Style.BAD) if failed else (passed, Style.GOOD)
+
+
+def _decider(result: CaseResult) -> str:
+    from policies.cases import OWED_TO_RULE
+
+    verdict = result.verdict
+    if verdict is None:
+        return ""
+    return str(verdict.rule) if verdict.rule and verdict.reason in OWED_TO_RULE else str(verdict.reason)
+
+
+def _case_json(result: CaseResult) -> Json:
+    from policies.explain import because
+
+    verdict = result.verdict
+    return {
+        "file": result.place.file,
+        "line": result.place.line,
+        "workload": result.test.workload,
+        "attempt": result.test.words,
+        "expected": str(result.expected),
+        "got": str(result.got) if result.got else None,
+        "ok": result.is_pass,
+        "reason": str(verdict.reason) if verdict else "malformed_words",
+        "because": because(result.steps) if verdict else result.error,
+        "rule": rule_json(verdict.rule if verdict else None),
+    }

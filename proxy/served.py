@@ -1,0 +1,55 @@
+"""Which parts of the policy language this gate does not serve yet. It refuses to start on what it would loosen by ignoring.
+
+A rule that is not served (ntp, udp) only leaves its port closed: a warning. A key that limits or widens another rule
+(budget, quic, upgrade, upstreamPool) or says who a source is would be wrong either way when ignored: refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from policies.errors import Problem
+from policies.index import Policy
+from policies.model import AnyRule, HostRule, Stage, TransportRule, Workload
+
+
+def refused_keys(policy: Policy, workload: str | None) -> list[Problem]:
+    """Every key in force that this gate cannot serve. `workload`: only this one is asked for, and its `match` not at all."""
+    problems = []
+    for one in _asked(policy, workload):
+        if workload is None and one.match and not one.match.address:
+            key = "kubernetes" if one.match.kubernetes else "user"
+            problems.append(Problem(one.match.place, f"match: {key} is not served by this gate yet", "use match: address, or -w"))
+        problems += [
+            Problem(rule.place, f"{key} is not served by this gate yet", "remove it, or wait for the release that does")
+            for rule in one.rules
+            for key in _refused(rule)
+        ]
+    return problems
+
+
+def closed_rules(policy: Policy, workload: str | None) -> list[Problem]:
+    """Rules of a kind that this gate does not carry yet: what they admit stays closed."""
+    return [
+        Problem(rule.place, f"{rule.stage} is not carried by this gate yet: it stays closed")
+        for one in _asked(policy, workload)
+        for rule in one.rules
+        if not isinstance(rule, HostRule) and rule.stage in (Stage.NTP, Stage.UDP)
+    ]
+
+
+def _asked(policy: Policy, workload: str | None) -> Iterable[Workload]:
+    return policy.workloads.values() if workload is None else [policy.workloads[workload]]
+
+
+def _refused(rule: AnyRule) -> Iterator[str]:
+    if isinstance(rule, HostRule):
+        if rule.upgrade:
+            yield "upgrade"
+        if rule.upstream_pool:
+            yield "upstreamPool"
+    if isinstance(rule, TransportRule):
+        if rule.budget is not None:
+            yield "budget"
+        if rule.quic is not None:
+            yield "quic"

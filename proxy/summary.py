@@ -1,0 +1,61 @@
+"""What `outgate run` says when the command has ended: counts, and for each thing refused the lines that would admit it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from policies.explain import explain
+from policies.index import Policy
+from policies.words import MalformedWords, parse_words
+from proxy.decision_log import describe
+from proxy.record import Record
+
+MAX_SHOWN = 12  # a port scan must not bury the end of the program's own output
+MAX_REMEMBERED = 1000
+
+
+class Summary:
+    """A sink that counts. Remembers at most MAX_REMEMBERED different denials."""
+
+    def __init__(self, policy: Policy, workload: str) -> None:
+        self._policy = policy
+        self._workload = workload
+        self.allowed = 0
+        self.denied = 0
+        self.audited = 0
+        self._denials: Counter[tuple[str, str]] = Counter()
+
+    def __call__(self, record: Record) -> None:
+        would_deny = record.get("would_be") == "deny"
+        if record["verdict"] == "allow" and not would_deny:
+            self.allowed += record["stage"] != "dns"  # a lookup that is let through is no use of anything yet
+            return
+        self.denied += not would_deny
+        self.audited += would_deny
+        key = (describe(record), str(record["reason"]))
+        if key in self._denials or len(self._denials) < MAX_REMEMBERED:
+            self._denials[key] += 1
+
+    def lines(self) -> Iterator[str]:
+        """The closing lines, none where there was nothing to say."""
+        if not (self.allowed or self._denials):
+            return
+        audited = f", {self.audited} that enforcement would deny" if self.audited else ""
+        yield f"outgate: {self._workload}: {self.allowed} allowed, {self.denied} denied{audited}"
+        for (words, reason), count in list(self._denials.items())[:MAX_SHOWN]:
+            yield f"  {words}  {reason}" + (f"  ×{count}" if count > 1 else "")
+            yield from (f"      {line}" for line in self._advice(words))
+        if len(self._denials) > MAX_SHOWN:
+            yield f"  … and {len(self._denials) - MAX_SHOWN} more; --log FILE keeps all of them"
+
+    def _advice(self, words: str) -> list[str]:
+        """The smallest edit that admits it. A refused lookup is a host that was wanted: the edit names the host."""
+        words = words.replace("dns://", "tls://")
+        try:
+            explanation = explain(self._policy, parse_words(self._workload, words))
+        except MalformedWords:
+            return []
+        if not explanation.edits:
+            return [explanation.advice] if explanation.advice else []
+        return [line for edit in explanation.edits for line in (f"to allow it, {edit.where}", *(f"    {text}" for text in edit.lines))]
