@@ -66,30 +66,45 @@ class Edit:
     lines: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """The edits that together allow an attempt; or none, and the denial that no edit should or could open."""
+
+    edits: tuple[Edit, ...] = ()
+    obstacle: Verdict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """The rules that touch the attempt, compiled. `anchor` is the first own rule of the whole workload."""
+
+    workload: Workload
+    policy: Policy
+    anchor: Place | None
+
+
 type _Candidate = tuple[Edit, Workload]
+type _Propose = Callable[[_Trial, Attempt, Verdict], Iterator[_Candidate]]
 
 
-def smallest_edits(policy: Policy, attempt: Attempt) -> tuple[Edit, ...]:
-    """The edits that together allow `attempt`; empty where it is allowed, or where no edit should or could open it."""
+def propose(policy: Policy, attempt: Attempt) -> Proposal:
+    """The smallest edit for `attempt`, step by step: each edit is judged, and answers the denial that it meets next."""
+    verdict = enforced(ladder(policy, attempt))
     workload = policy.workloads.get(attempt.workload)
-    if workload is None:
-        return ()
-    trial = replace(workload, mode=Mode.ENFORCE, match=None, rules=tuple(_touching(workload.rules, attempt)))
-    tried = _compile(trial, policy)
+    if verdict.is_allow or workload is None:
+        return Proposal(obstacle=None if verdict.is_allow else verdict)
+    touching = tuple(_touching(workload.rules, attempt))
+    anchor = next((rule.place for rule in workload.rules if is_own(workload.name, rule)), None)
+    trial = _try(replace(workload, mode=Mode.ENFORCE, match=None, rules=touching), policy, anchor)
     edits: list[Edit] = []
-    while tried is not None and len(edits) <= MAX_EDITS:
-        verdict = enforced(ladder(tried, attempt))
+    while trial is not None and len(edits) < MAX_EDITS:
+        verdict = enforced(ladder(trial.policy, attempt))
         if verdict.is_allow:
-            return tuple(edits)
-        for edit, changed in _candidates(tried, trial, attempt, verdict):
-            tried = _compile(changed, policy)
-            if tried is not None:
-                trial = changed
-                edits.append(edit)
-                break
-        else:
-            return ()
-    return ()
+            return Proposal(tuple(edits))
+        edit, trial = _next_edit(trial, attempt, verdict)
+        if edit is not None:
+            edits.append(edit)
+    return Proposal(obstacle=verdict)
 
 
 def render(rule: AnyRule) -> tuple[str, ...]:
@@ -137,6 +152,7 @@ def is_own(workload: str, rule: AnyRule) -> bool:
 
 
 def deciding_group(policy: Policy, attempt: Attempt) -> HostGroup | None:
+    """The rules of the most specific pattern, which alone decides."""
     index = policy.index.get(attempt.workload)
     groups = index.hosts.matching(attempt.host) if index and attempt.host else []
     return groups[0] if groups else None
@@ -156,33 +172,36 @@ def _touching(rules: Iterable[AnyRule], attempt: Attempt) -> Iterator[AnyRule]:
             yield rule
 
 
-def _compile(workload: Workload, policy: Policy) -> Policy | None:
+def _try(workload: Workload, policy: Policy, anchor: Place | None) -> _Trial | None:
+    """None where the rules contradict one another, which loading would refuse."""
     try:
-        return build({workload.name: workload}, policy.guard)
+        return _Trial(workload, build({workload.name: workload}, policy.guard), anchor)
     except PolicyError:
         return None
 
 
-def _candidates(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
-    propose = _PROPOSALS.get(verdict.reason)
-    if propose:
-        yield from propose(policy, workload, attempt, verdict)
+def _next_edit(trial: _Trial, attempt: Attempt, verdict: Verdict) -> tuple[Edit | None, _Trial | None]:
+    proposals = _PROPOSALS.get(verdict.reason)
+    for edit, workload in proposals(trial, attempt, verdict) if proposals else ():
+        if changed := _try(workload, trial.policy, trial.anchor):
+            return edit, changed
+    return None, None
 
 
-def _add_rule(workload: Workload, rule: AnyRule) -> _Candidate:
+def _add_rule(trial: _Trial, rule: AnyRule) -> _Candidate:
+    workload = trial.workload
     changed = replace(workload, rules=(*workload.rules, rule))
-    own = next((r.place for r in workload.rules if is_own(workload.name, r)), None)
-    if own is not None:
-        where = f"add to workloads.{workload.name}.rules at {own}"
-        return Edit(Change.ADD, "rules", own, where, render(rule)), changed
+    if trial.anchor is not None:
+        where = f"add to workloads.{workload.name}.rules at {trial.anchor}"
+        return Edit(Change.ADD, "rules", trial.anchor, where, render(rule)), changed
     where = f"add to workloads.{workload.name} at {workload.place}"
     lines = ("rules:", *(f"  {line}" for line in render(rule)))
     return Edit(Change.ADD, "rules", workload.place, where, lines), changed
 
 
-def _set_key[R: AnyRule](workload: Workload, old: R, new: R, key: str, value: str) -> _Candidate:
+def _set_key[R: AnyRule](trial: _Trial, old: R, new: R, key: str, value: str) -> _Candidate:
     edit = Edit(Change.SET, key, old.place, f"set in {old}", (f"{key}: {value}",))
-    return edit, _replaced(workload, old, new)
+    return edit, _replaced(trial.workload, old, new)
 
 
 def _replaced(workload: Workload, old: AnyRule, new: AnyRule | None) -> Workload:
@@ -193,46 +212,46 @@ def _replaced(workload: Workload, old: AnyRule, new: AnyRule | None) -> Workload
 # --- what to propose, by reason ------------------------------------------------------------------------------------
 
 
-def _new_rule(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
+def _new_rule(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     """A rule for this very destination."""
-    for rule in _narrow_rules(workload, attempt):
-        yield _add_rule(workload, rule)
+    for rule in _narrow_rules(trial.workload, attempt):
+        yield _add_rule(trial, rule)
 
 
-def _same_pattern(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
+def _same_pattern(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     """One more rule for the pattern that decides. A narrower pattern would take over its other ports as well."""
-    group = deciding_group(policy, attempt)
+    group = deciding_group(trial.policy, attempt)
     if group is None or not isinstance(verdict.rule, HostRule):
-        yield from _new_rule(policy, workload, attempt, verdict)
+        yield from _new_rule(trial, attempt, verdict)
         return
-    for rule in _host_rules(workload, attempt, group.rules[0].pattern):
-        yield _add_rule(workload, rule)
+    for rule in _host_rules(trial.workload, attempt, group.rules[0].pattern):
+        yield _add_rule(trial, rule)
 
 
-def _allow_entry(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
+def _allow_entry(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     entry = exact_entry(attempt)
     rule = verdict.rule
     if entry is None or not isinstance(rule, HostRule):
         return
-    if rule.allow is not None and is_own(workload.name, rule):
+    if rule.allow is not None and is_own(trial.workload.name, rule):
         edit = Edit(Change.ADD, "allow", rule.place, f"add to allow: of {rule}", (f"- {_quoted(entry.text)}",))
-        yield edit, _replaced(workload, rule, replace(rule, allow=(*rule.allow, entry)))
+        yield edit, _replaced(trial.workload, rule, replace(rule, allow=(*rule.allow, entry)))
     else:
-        yield from _same_pattern(policy, workload, attempt, verdict)
+        yield from _same_pattern(trial, attempt, verdict)
 
 
-def _renewal(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
+def _renewal(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     rule = verdict.rule
-    if rule is None or not is_own(workload.name, rule):
-        yield from _same_pattern(policy, workload, attempt, verdict)
+    if rule is None or not is_own(trial.workload.name, rule):
+        yield from _same_pattern(trial, attempt, verdict)
         return
     until = date.fromordinal(int(attempt.time // 86400) + EPOCH) + RENEWAL
-    yield _set_key(workload, rule, replace(rule, until=until), "until", until.isoformat())
+    yield _set_key(trial, rule, replace(rule, until=until), "until", until.isoformat())
 
 
-def _removal(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
+def _removal(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     rule = verdict.rule
-    if not isinstance(rule, HostRule) or not is_own(workload.name, rule):
+    if not isinstance(rule, HostRule) or not is_own(trial.workload.name, rule):
         return  # a set denies for everyone who uses it
     entries = denying_entries(rule, attempt)
     if not entries:
@@ -240,8 +259,8 @@ def _removal(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verd
     if any(entry.is_all for entry in entries):
         # Without its `deny: all` the rule would open the whole host, so the rule goes.
         whole = (f"- host: {_scalar(str(rule.pattern))}", "  deny: all")
-        where = f"remove from workloads.{workload.name}.rules at {rule.place}"
-        yield Edit(Change.REMOVE, "rules", rule.place, where, whole), _replaced(workload, rule, None)
+        where = f"remove from workloads.{trial.workload.name}.rules at {rule.place}"
+        yield Edit(Change.REMOVE, "rules", rule.place, where, whole), _replaced(trial.workload, rule, None)
         return
     kept = tuple(entry for entry in rule.deny if entry not in entries)
     lines = tuple(f"- {_quoted(entry.text)}" for entry in entries)
@@ -249,46 +268,46 @@ def _removal(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verd
         edit = Edit(Change.REMOVE, "deny", rule.place, f"remove from deny: of {rule}", lines)
     else:  # an empty list is an error
         edit = Edit(Change.REMOVE, "deny", rule.place, f"remove from {rule}", ("deny:", *(f"  {x}" for x in lines)))
-    yield edit, _replaced(workload, rule, replace(rule, deny=kept))
+    yield edit, _replaced(trial.workload, rule, replace(rule, deny=kept))
 
 
-def _other_protocol(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
+def _other_protocol(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     rule = verdict.rule
     if not isinstance(rule, HostRule):
         return
     if attempt.stage in (Stage.TCP, Stage.UDP):
         if not any(attempt.port in ports for ports in (*rule.ports, *rule.plain)):  # else it would go round inspection
-            yield from _new_rule(policy, workload, attempt, verdict)
-    elif attempt.plain and attempt.port != HTTPS_PORT.first and is_own(workload.name, rule):
+            yield from _new_rule(trial, attempt, verdict)
+    elif attempt.plain and attempt.port != HTTPS_PORT.first and is_own(trial.workload.name, rule):
         plain = (*rule.plain, PortRange(attempt.port, attempt.port))
-        yield _set_key(workload, rule, replace(rule, plain=plain), "plain", _ports_text(plain))
+        yield _set_key(trial, rule, replace(rule, plain=plain), "plain", _ports_text(plain))
 
 
-def _ech(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
+def _ech(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     rule = verdict.rule
     if not isinstance(rule, HostRule):
         return
-    if is_own(workload.name, rule):
-        yield _set_key(workload, rule, replace(rule, ech=True), "ech", "allow")
+    if is_own(trial.workload.name, rule):
+        yield _set_key(trial, rule, replace(rule, ech=True), "ech", "allow")
     else:
-        for same in _host_rules(workload, attempt, rule.pattern):
-            yield _add_rule(workload, replace(same, ech=True))
+        for same in _host_rules(trial.workload, attempt, rule.pattern):
+            yield _add_rule(trial, replace(same, ech=True))
 
 
-def _upgrade(policy: Policy, workload: Workload, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
+def _upgrade(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     rule = verdict.rule
     if attempt.upgrade != "websocket" or not isinstance(rule, HostRule):  # h2c is refused whatever a rule says
         return
     upgrade = frozenset({"websocket"})
-    if is_own(workload.name, rule):
-        yield _set_key(workload, rule, replace(rule, upgrade=upgrade), "upgrade", "[websocket]")
+    if is_own(trial.workload.name, rule):
+        yield _set_key(trial, rule, replace(rule, upgrade=upgrade), "upgrade", "[websocket]")
     else:
-        for same in _host_rules(workload, attempt, rule.pattern):
-            yield _add_rule(workload, replace(same, upgrade=upgrade))
+        for same in _host_rules(trial.workload, attempt, rule.pattern):
+            yield _add_rule(trial, replace(same, upgrade=upgrade))
 
 
 # A reason that is not here is opened by no edit: explain.ADVICE says what to do instead.
-_PROPOSALS: dict[Reason, Callable[[Policy, Workload, Attempt, Verdict], Iterator[_Candidate]]] = {
+_PROPOSALS: dict[Reason, _Propose] = {
     Reason.NO_RULE: _new_rule,
     Reason.NO_SNI: _new_rule,
     Reason.ANCESTOR: _new_rule,

@@ -1,7 +1,7 @@
 """The verdict: `decide(policy, attempt)`, and `admit(verdict, address)` for the address about to be dialled.
 
-Every part that lets a byte out asks these two: the listener, the addons, the DNS answers, the relays; and so do `why` and
-`test`. Order of checks is order on the page. Nothing here reads a clock, a file or a socket.
+Every part that lets a byte out asks these two (the listener, the addons, the DNS answers, the relays), and so do `why`
+and `test`. Order of checks is order on the page. Nothing here reads a clock, a file or a socket.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ from policies.model import (
 from policies.paths import MalformedPath, parse_path
 
 QUERY_TYPES = frozenset({"A", "AAAA"})  # every other type of an allowed name exists and is empty
-METHOD = re.compile(r"[A-Z]+(?:[-_][A-Z]+)*")  # a lower-case method is another method to us, and the same one to some servers
+METHOD = re.compile(
+    r"[A-Z]+(?:[-_][A-Z]+)*"
+)  # a lower-case method is another method to us, and the same one to some servers
 
 # What audit mode lets pass: a missing or denying rule. Malformed input, a Host that is not the SNI, ECH, the guard and
 # never-reached addresses stay denied.
@@ -256,7 +258,10 @@ def _lookup_grant(
     named += [index.dns.get((above, True)) for above in parents(name)] if index.dns else []
     for rule in (rule for rules_ in named if rules_ for rule in rules_):
         if is_valid(rule, day):
-            return (rule, rule.stage is Stage.DNS), None  # a `dns:` name is looked up, not dialled: any answer may be seen
+            return (
+                rule,
+                rule.stage is Stage.DNS,
+            ), None  # a `dns:` name is looked up, not dialled: any answer may be seen
         expired = expired or rule
     return None, expired
 
@@ -270,7 +275,7 @@ def _decide_udp(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdi
 
 
 def _decide_ntp(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
-    """Any `ntp` rule admits UDP/123 from its workload (`host` None: a packet); the relay answers, whatever was addressed."""
+    """Any `ntp` rule admits UDP/123 from its workload (`host` None: a packet); the relay answers for every address."""
     name = attempt.host
     if name is not None and (denied := _deny_all(policy, index.hosts.matching(name), name)):
         return _deny(attempt, *denied)
@@ -295,7 +300,7 @@ _JUDGES = {
 
 
 def _decide_transport(table: TransportTable, policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict | None:
-    """The allow of a `tcp:` or `udp:` rule: by one of the names that gave the address, then by the address. None: no rule."""
+    """The verdict of `tcp:` or `udp:` rules: by the names that gave the address, then by the address. None: no rule."""
     day = _day(attempt)
     missed: Verdict | None = None
     for name in attempt.names:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from itertools import islice
 
-from policies.edits import Edit, deciding_group, denying_entries, smallest_edits
+from policies.edits import Edit, deciding_group, denying_entries, propose
 from policies.errors import PolicyError
 from policies.hostnames import Hostname
 from policies.index import HostGroup, Policy, build
@@ -66,10 +66,10 @@ def explain(policy: Policy, attempt: Attempt) -> Explanation:
     if verdict.is_allow:
         return Explanation(steps, verdict, because(steps))
     judged = _judged(steps, verdict)
-    edits = smallest_edits(policy, attempt)
+    proposal = propose(policy, attempt)
     nearest = tuple(islice(_nearest(policy, judged, verdict), MAX_NEAREST))
-    advice = "" if edits else _advice(verdict, judged)
-    return Explanation(steps, verdict, because(steps), nearest, edits, advice)
+    advice = _advice(proposal.obstacle, judged) if proposal.obstacle else ""
+    return Explanation(steps, verdict, because(steps), nearest, proposal.edits, advice)
 
 
 def because(steps: Sequence[Step]) -> str:
@@ -98,22 +98,28 @@ def _sentence(verdict: Verdict, attempt: Attempt) -> str:
         port=attempt.port,
         stage=attempt.stage,
         workload=attempt.workload,
+        names="covers" if attempt.address else "names",
         request=f"{attempt.method} {attempt.target.partition('?')[0]}",
         opened=attempt.opened_for,
-        entry=f'"{entries[0].text}"' if entries else "a deny entry",
+        entry=_entry(entries),
         until=verdict.rule.until if verdict.rule else "",
-        carries="plain HTTP" if not attempt.plain else "TLS",
         query=attempt.query_type,
         upgrade=attempt.upgrade,
         fault=_fault(attempt),
     )
 
 
+def _entry(entries: Sequence[Entry]) -> str:
+    if not entries or entries[0].is_all:
+        return "deny: all closes it"
+    return f'"{entries[0].text}" denies it'
+
+
 _BECAUSE = {
     Reason.RULE: "a rule admits it",
-    Reason.GUARD: "the guard denies it, for every workload",
-    Reason.DENY_RULE: "{entry} denies it, and any deny wins",
-    Reason.NO_RULE: "no rule of {workload} names {to}",
+    Reason.GUARD: "{entry} of the guard, for every workload",
+    Reason.DENY_RULE: "{entry}, and any deny wins",
+    Reason.NO_RULE: "no rule of {workload} {names} {to}",
     Reason.PORT: "{to} has a rule, none for {stage} port {port}",
     Reason.NO_ALLOW_ENTRY: "no allow entry of the rule admits {request}",
     Reason.EXPIRED: "the rule that admits it ended on {until}",
@@ -194,6 +200,8 @@ def _nearest(policy: Policy, attempt: Attempt, verdict: Verdict) -> Iterator[Mis
     rule = verdict.rule
     match verdict.reason:
         case Reason.PORT if rule:
+            if attempt.address:
+                yield from _near_prefix(policy.workloads[attempt.workload].rules, attempt)
             yield Miss(rule, f"it is for {_covered(rule)}, not port {attempt.port}")
             yield from _hidden(policy, attempt)
         case Reason.NO_ALLOW_ENTRY if isinstance(rule, HostRule):
@@ -218,10 +226,14 @@ _KEY = {Reason.ECH: "ech: allow", Reason.UPGRADE: "upgrade: [websocket]", Reason
 def _covered(rule: AnyRule) -> str:
     if isinstance(rule, HostRule):
         ports: tuple[PortRange, ...] = (*rule.ports, *(p for p in rule.plain if p not in rule.ports))
-        return f"port {', '.join(map(str, ports))}"
+        return _counted(ports)
     if isinstance(rule, TransportRule):
-        return f"{rule.stage} port {', '.join(map(str, rule.ports))}"
+        return f"{rule.stage} {_counted(rule.ports)}"
     return "NTP" if rule.stage is Stage.NTP else "lookups only"
+
+
+def _counted(ports: Sequence[PortRange]) -> str:
+    return f"port{'s' * (len(ports) > 1)} {', '.join(map(str, ports))}"
 
 
 def _protocols(rule: HostRule) -> str:
@@ -278,7 +290,7 @@ def _nearest_rules(policy: Policy, attempt: Attempt) -> Iterator[Miss]:
         found = sorted(_near_names(rules, name, attempt), key=lambda pair: pair[0])
         yield from (miss for _, miss in found)
     elif attempt.address:
-        yield from _near_prefix(rules, attempt.address, attempt.stage)
+        yield from _near_prefix(rules, attempt)
 
 
 def _near_names(rules: Iterable[AnyRule], name: Hostname, attempt: Attempt) -> Iterator[tuple[int, Miss]]:
@@ -321,12 +333,16 @@ def _is_slip(name: str, other: str) -> bool:
     return len(changed) <= 4 and not any(character.isdigit() for character in changed)
 
 
-def _near_prefix(rules: Iterable[AnyRule], address: Address, stage: Stage) -> Iterator[Miss]:
-    """The prefix that shares most leading bits with `address`, if at least a quarter of them."""
-    kind = Stage.UDP if stage is Stage.UDP else Stage.TCP
+def _near_prefix(rules: Iterable[AnyRule], attempt: Attempt) -> Iterator[Miss]:
+    """The prefix for this port that shares most leading bits with the address, if at least a quarter of them."""
+    address, stage = attempt.address, Stage.UDP if attempt.stage is Stage.UDP else Stage.TCP
+    if address is None:
+        return
     best: tuple[int, TransportRule, Network] | None = None
     for rule in rules:
-        if isinstance(rule, TransportRule) and rule.stage is kind:
+        if not isinstance(rule, TransportRule) or rule.stage is not stage:
+            continue
+        if any(attempt.port in ports for ports in rule.ports):
             for network in rule.networks:
                 bits = _common_bits(network, address)
                 if bits >= address.max_prefixlen // 4 and (best is None or bits > best[0]):

@@ -159,9 +159,7 @@ def _encode(label: str, text: str) -> str:
         encoded = idna.alabel(idna.ulabel(label)).decode("ascii")
     except UnicodeError as error:
         raise MalformedName(f"{_shown(text)} has an invalid label: {_ascii(str(error))}") from error
-    if (
-        label.isascii() and encoded != label
-    ):  # a second spelling of one label (RFC 5890 2.3.2.1); older idna let it pass
+    if label.isascii() and encoded != label:  # RFC 5890 2.3.2.1: a second spelling of one label; older idna decodes it
         raise MalformedName(f"{_shown(text)} has an invalid label: {label} is another spelling of {encoded}")
     return encoded
 

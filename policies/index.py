@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import pairwise
 
 from policies.addresses import PrefixMap, inside_one_private_block
 from policies.errors import PolicyError, Problem
@@ -229,7 +230,7 @@ def _port_segments(rules: Sequence[HostRule]) -> Iterator[PortRules]:
         for ports in (*rule.ports, *rule.plain):
             edges.update((ports.first, ports.last + 1))
     starts = sorted(edges)
-    for first, after in zip(starts, starts[1:], strict=False):
+    for first, after in pairwise(starts):
         covering = [rule for rule in rules if any(first in ports for ports in (*rule.ports, *rule.plain))]
         if covering:
             yield _port_rules(PortRange(first, after - 1), _is_plain(covering[0], first), covering[0].tls, covering)
@@ -271,17 +272,18 @@ def _contradictions(index: WorkloadIndex, guard: HostTable) -> Iterator[Problem]
 def _mixed_ports(group: HostGroup) -> Iterator[Problem]:
     for ports in group.ports if len(group.rules) > 1 else ():
         first = ports.rules[0]
+        what = f'host "{first.pattern}" port {ports.ports}'
         for other in ports.rules[1:]:
             if not ports.plain and other.tls is not first.tls:
                 yield Problem(
                     other.place,
-                    f'host "{other.pattern}" port {ports.ports}: tls: {other.tls} here, tls: {first.tls} at {first.place}',
+                    f"{what}: tls: {other.tls} here, tls: {first.tls} at {first.place}",
                     "rules of one pattern and port must agree: write the same tls in both",
                 )
             if _is_plain(other, ports.ports.first) != ports.plain:
                 yield Problem(
                     other.place,
-                    f'host "{other.pattern}" port {ports.ports}: plain HTTP in one rule, TLS in the one at {first.place}',
+                    f"{what}: plain HTTP in one rule, TLS in the one at {first.place}",
                     "list the port under plain in both rules, or in none",
                 )
 
@@ -305,7 +307,8 @@ def _unseen_entries(group: HostGroup, hosts: HostTable, guard: HostTable) -> Ite
     for entry, source in {id(source): (entry, source) for entry, source in own + inherited}.values():
         yield Problem(
             rule.place,
-            f'host "{pattern}" port {blind.ports} is passed through undecrypted, so "{entry.text}" of {source.place} cannot be seen',
+            f'host "{pattern}" port {blind.ports} is passed through undecrypted, '
+            f'so "{entry.text}" of {source.place} cannot be seen',
             "write tls: inspect here, or deny: all there",
         )
 

@@ -106,7 +106,7 @@ class Table:
         if self._required:
             written = {key.text for key, _ in node.entries}
             problems += [
-                Problem(scope.place(node), f'{self.what} has no key "{name}"', f"write {name}: …")
+                Problem(scope.place(node), f'{self.what} needs the key "{name}"', f"write {name}: {self._sample(name)}")
                 for name in self._required
                 if name not in written
             ]
@@ -117,6 +117,9 @@ class Table:
     def unknown(self, key: Scalar, scope: Scope) -> Problem:
         repair = self._elsewhere.get(key.text) or did_you_mean(key.text, self.keys)
         return Problem(scope.place(key), f"{self.what} knows no key {quote(key.text)}", repair)
+
+    def _sample(self, name: str) -> object:
+        return self.keys[name].shape.schema.get("const", "…")
 
     @property
     def schema(self) -> Json:
@@ -208,9 +211,9 @@ def choice[T](meanings: Mapping[str, T]) -> Shape[T]:
         if type(node) is Scalar and node.text in meanings:
             return meanings[node.text]
         shown = quote(node.text) if type(node) is Scalar else node.kind
-        expected = " or ".join(meanings)
-        repair = did_you_mean(node.text, meanings) if type(node) is Scalar else f"write {expected}"
-        raise scope.wrong(node, f"{shown} where {expected} must stand", repair)
+        guess = nearest(node.text, meanings) if type(node) is Scalar else None
+        repair = f'did you mean "{guess}"?' if guess else None
+        raise scope.wrong(node, f"{shown} where {' or '.join(meanings)} must stand", repair)
 
     return Shape(read, {"enum": list(meanings)})
 

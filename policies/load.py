@@ -13,7 +13,7 @@ from policies.errors import PolicyError, Problem
 from policies.hostnames import Hostname
 from policies.index import Policy, build
 from policies.keys import Scope, Wrong
-from policies.model import UNKNOWN, AnyRule, Match, Mode, Network, Workload
+from policies.model import UNKNOWN, Match, Mode, Network, Workload
 from policies.sets import Shelf, check, unfold
 from policies.spelling import did_you_mean
 from policies.tree import Source, parse

@@ -9,19 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
+from policies.addresses import Address as Address  # part of this vocabulary: re-exported
+from policies.addresses import Network as Network
 from policies.hostnames import Hostname, Pattern
 from policies.paths import PathPattern
-
-type Address = IPv4Address | IPv6Address
-type Network = IPv4Network | IPv6Network
 
 UNKNOWN = "unknown"  # the workload of a source that matches none; it may have rules, never `match`
 
 
 class Stage(StrEnum):
-    """Where an attempt is judged. One program's HTTPS request is judged at `dns`, then `tls`, then (inspected) `http`."""
+    """Where an attempt is judged. An HTTPS request is judged at `dns`, then `tls`, then (inspected) `http`."""
 
     DNS = "dns"
     TLS = "tls"
@@ -49,7 +47,7 @@ class Tls(StrEnum):
 
 
 class Dial(StrEnum):
-    """Which address the gate opens: what it resolves for the name, or the one the client asked for (address rules only)."""
+    """Which address the gate opens: what it resolves for the name, or (address rules) the one asked for."""
 
     NAME = "name"
     ORIGINAL = "original"
@@ -266,9 +264,9 @@ class Attempt:
 class Verdict:
     """The answer: an action, the reason, and the rule that gave it.
 
-    rule     on an allow the rule that admits; on a denial the rule that denies, or the one that covers the name and missed
+    rule     the rule that admits; on a denial the one that denies, or that covers the name and missed
     tls      at the tls stage of an allow: what to do with the bytes
-    dial     which address to open: the one resolved for `host` (where that is None: for the attempt's own host), or the original
+    dial     which address to open: the one resolved for `host` (None: the attempt's own), or the original
     private  the rule admits private addresses
     would_be audit mode: `action` is allow, and enforcement would have answered this
     """

@@ -1,8 +1,8 @@
 """Rule sets unfolded: a `use` becomes the rules of its set, with a value in place of each `<parameter>`.
 
-Sets are those of the policy's own files and of the shipped catalogue; one's own wins over a shipped one of its name. A set
-uses no sets. Catalogue files are policy files with `sets` only: file `azure/kubernetes-service` holds the sets of that name
-and below it.
+Sets are those of the policy's own files and of the shipped catalogue; one's own wins over a shipped one of its name. A
+set uses no sets. A catalogue file is a policy file with `sets` only: `azure/kubernetes-service` holds the sets of that
+name and below it.
 """
 
 from __future__ import annotations

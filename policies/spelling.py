@@ -21,7 +21,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     if len(word) > _MAX_COMPARED:
         return None
     asked = _bare(word)
-    found, best = None, max(2, len(asked) // 3) + 1
+    found, best = None, max(len(asked) // 3, min(2, len(asked) // 2)) + 1
     for candidate in sorted(known):
         if (
             abs(len(candidate) - len(word)) <= best + 2

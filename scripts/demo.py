@@ -1,4 +1,4 @@
-"""The main job at work: a stand-in weather origin with real TLS, curl under policies/examples/weather.yaml, one table."""
+"""The main job at work: a stand-in weather origin with real TLS, curl under the weather policy, one table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ WEATHER, UBUNTU = "dataservice.accuweather.com", "archive.ubuntu.com"
 TRIES = [
     ("GET /search, which the policy allows", [f"https://{WEATHER}/search?q=Oslo"], "200"),
     ("GET /forecasts on the same host", [f"https://{WEATHER}/forecasts/v1/daily"], "403"),
-    ("the same, spelled /search/%2e%2e/forecasts", ["--path-as-is", f"https://{WEATHER}/search/%2e%2e/forecasts"], "400"),
+    (
+        "the same, spelled /search/%2e%2e/forecasts",
+        ["--path-as-is", f"https://{WEATHER}/search/%2e%2e/forecasts"],
+        "400",
+    ),
     ("POST /search", ["-d", "x=1", f"https://{WEATHER}/search"], "403"),
     ("a host that the policy does not name", ["https://paste.example/"], "no such name"),
     ("*.ubuntu.com, carried undecrypted", [f"https://{UBUNTU}/"], "200"),
@@ -75,7 +79,17 @@ def curl_all() -> None:
     results = []
     for _, arguments, _ in TRIES:
         done = subprocess.run(
-            ["curl", "--silent", "--show-error", "--verbose", "--max-time", "20", "--write-out", "\n%{http_code}", *arguments],
+            [
+                "curl",
+                "--silent",
+                "--show-error",
+                "--verbose",
+                "--max-time",
+                "20",
+                "--write-out",
+                "\n%{http_code}",
+                *arguments,
+            ],
             capture_output=True,
             text=True,
         )
@@ -93,7 +107,7 @@ def run_gate(directory: Path, port: int, *, advisory: bool) -> subprocess.Comple
          "--host", f"{WEATHER}=127.0.0.1:{port}", "--host", f"{UBUNTU}=127.0.0.1:{port}",
          "--upstream-ca", str(directory / "origin.pem"),
          "--", sys.executable, str(Path(__file__).resolve()), "--inside"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, timeout=120,
+        capture_output=True, text=True, env=environment, timeout=120,
     )  # fmt: skip
 
 
@@ -128,13 +142,18 @@ def main() -> int:
         done = run_gate(Path(name), port, advisory=False)
         if done.returncode == 125:
             print(done.stderr, file=sys.stderr)
-            print("Namespaces are refused here; showing the same with proxy variables, which a program may ignore.\n", file=sys.stderr)
+            print(
+                "Namespaces are refused here; showing the same with proxy variables, which a program may ignore.\n",
+                file=sys.stderr,
+            )
             done = run_gate(Path(name), port, advisory=True)
     if done.returncode != 0:
         print(done.stderr, file=sys.stderr)
         return done.returncode
     results = json.loads(done.stdout)
-    table = Table(box=SIMPLE_HEAD, title=f"curl under {POLICY.relative_to(ROOT)}, through outgate run", title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, title=f"curl under {POLICY.relative_to(ROOT)}, through outgate run", title_justify="left"
+    )
     table.add_column("tried", ratio=3)
     table.add_column("outcome", no_wrap=True)
     table.add_column("seen by curl", ratio=6)
@@ -147,7 +166,9 @@ def main() -> int:
     print("What a program was refused is said when it ends, with the lines to paste:\n")
     print("    " + "\n    ".join(done.stderr.strip().splitlines()))
     print(f"\n{time.monotonic() - started:.1f} s. Now your own command:\n")
-    print(f"    {OUTGATE.relative_to(ROOT)} run -p {POLICY.relative_to(ROOT)} -w weather -- curl -v https://{WEATHER}/search\n")
+    print(
+        f"    {OUTGATE.relative_to(ROOT)} run -p {POLICY.relative_to(ROOT)} -w weather -- curl -v https://{WEATHER}/search\n"
+    )
     if not as_expected:
         print("something above is not what the policy says", file=sys.stderr)
     return 0 if as_expected else 1

@@ -90,7 +90,8 @@ def test_nothing_imports_entry_or_wiring_from_below() -> None:
         f"{path.relative_to(ROOT)}:{line}: {name} is above it"
         for path in sources("proxy/**/*.py")
         for line, name in imports(path)
-        if name in above and str(path.relative_to(ROOT)) not in WIRING | ENTRY
+        if name in above
+        and str(path.relative_to(ROOT)) not in WIRING | ENTRY
         and not str(path.relative_to(ROOT)).startswith("proxy/commands/")
     ]
     assert wrong == []
