@@ -29,7 +29,7 @@ _SENTENCES = {
     Reason.HOST_MISMATCH: "this connection was opened for {opened_for}; a request for {host} needs one of its own",
     Reason.MALFORMED_NAME: "the host asked for is no hostname: {note}",
     Reason.MALFORMED_PATH: "two servers may read this path differently, so it is refused: {note}",
-    Reason.MALFORMED_REQUEST: "two servers may read this request differently, so it is refused: {note}",
+    Reason.MALFORMED_REQUEST: "the request is malformed, so it is not judged: {note}",
     Reason.HELLO_TIMEOUT: "the request did not arrive in time: {note}",
     Reason.NEVER_REACHED: "{host} is {note}, which no rule can admit",
     Reason.PRIVATE_ADDRESS: "{host} is {note}, a private address; `private: true` in {rule} would admit it",
@@ -46,7 +46,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:42rem;margin:12vh auto;padding:0 1rem}}
-body{{color:#222;background:#fff}}h1{{font-size:1.4rem}}dt{{color:#666}}dd{{margin:0 0 .6rem}}code{{word-break:break-all}}
+body{{color:#222;background:#fff}}
+h1{{font-size:1.4rem}}dt{{color:#666}}dd{{margin:0 0 .6rem}}code{{word-break:break-all}}
 @media(prefers-color-scheme:dark){{body{{color:#ddd;background:#181818}}dt{{color:#999}}}}</style></head>
 <body><h1>{title}</h1><p>{detail}.</p>
 <dl><dt>Workload</dt><dd>{workload}</dd><dt>Rule</dt><dd>{rule}</dd><dt>Reason</dt><dd>{reason}</dd>
@@ -128,5 +129,5 @@ def _render_page(problem: dict[str, object]) -> bytes:
 
 def _shown(text: str) -> str:
     """In ASCII and short: what a client sends must not grow our answer or draw on a terminal."""
-    plain = text.encode("ascii", "backslashreplace").decode()
+    plain = ascii(text)[1:-1]
     return plain if len(plain) <= SHOWN else plain[: SHOWN - 3] + "..."

@@ -117,26 +117,12 @@ def classify(address: Address) -> Reach:
     return reach
 
 
-def is_metadata_or_link_local(address: Address) -> bool:
-    """Whether not even the operator's own `hosts:` may name it, in any disguise."""
-    number = int(address)
-    if address.version == 4:
-        return _lies_in(number, _METADATA_V4)
-    return _lies_in(number, _METADATA_V6) or any(_lies_in(inner, _METADATA_V4) for inner in _embedded(number))
-
-
 def inside_one_private_block(network: Network) -> bool:
     """Whether a rule for `network` was plainly written about private addresses: 10.20.0.0/16 was, 0.0.0.0/0 was not."""
     network = _unmapped(network)
     if any(_contains(never, network) for never in _NEVER_NETWORKS):
         return False
     return any(_contains(private, network) for private in _PRIVATE_NETWORKS)
-
-
-def overlaps_never(network: Network) -> bool:
-    """Whether some address of `network` is reached by no rule."""
-    network = _unmapped(network)
-    return any(_contains(network, never) or _contains(never, network) for never in _NEVER_NETWORKS)
 
 
 class PrefixMap[V]:
@@ -221,26 +207,12 @@ def _contains(outer: Network, inner: Network) -> bool:
     )
 
 
-def _lies_in(number: int, ranges: tuple[tuple[int, int], ...]) -> bool:
-    return any(first <= number <= last for first, last in ranges)
-
-
-def _ranges(networks: Iterable[Network], version: int) -> tuple[tuple[int, int], ...]:
-    return tuple(
-        (int(network.network_address), int(network.broadcast_address))
-        for network in networks
-        if network.version == version
-    )
-
-
 def _parse(*tables: Iterable[str]) -> tuple[Network, ...]:
     return tuple(ip_network(text) for table in tables for text in table)
 
 
 _NEVER_NETWORKS = _parse(_METADATA, _LINK_LOCAL, _LOOPBACK, _NOWHERE)
 _PRIVATE_NETWORKS = _parse(_PRIVATE)
-_METADATA_V4 = _ranges(_parse(_METADATA, _LINK_LOCAL), 4)
-_METADATA_V6 = _ranges(_parse(_METADATA, _LINK_LOCAL), 6)
 
 
 def _flatten(version: int) -> tuple[list[int], list[Reach]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from policies.explain import because
 from policies.index import Policy
 from policies.model import Action, AnyRule, Place, Reason, Test, Verdict
 from policies.words import MalformedWords, Step, enforced, ladder, parse_words
@@ -49,11 +50,20 @@ def unreached(policy: Policy, results: Iterable[CaseResult]) -> tuple[AnyRule, .
     reached = {
         verdict.rule.place
         for result in results
-        for step in result.steps
+        for step in result.steps[-1:]  # the lookup on the way to a host reaches nothing that was asked about
         if (verdict := step.verdict.would_be or step.verdict).rule and verdict.reason in OWED_TO_RULE
     }
     rules = (rule for workload in policy.workloads.values() for rule in workload.rules)
     return tuple(rule for rule in rules if rule.place not in reached)
+
+
+def outcome(result: CaseResult) -> str:
+    """What came of a case, in words: `got allow by weather.yaml:9 (search)`."""
+    if result.verdict is None:
+        return result.error
+    if result.verdict.is_allow:
+        return f"got allow by {result.verdict.rule}"
+    return f"got deny, {because(result.steps)}"
 
 
 def _run_case(policy: Policy, test: Test, time: float) -> CaseResult:

@@ -6,7 +6,6 @@ proposed. The lines are written from the very rule that was tried. The narrowest
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from policies.model import (
     HostRule,
     Mode,
     NameRule,
-    Network,
     Place,
     PortRange,
     Reason,
@@ -36,12 +34,13 @@ from policies.model import (
     Workload,
 )
 from policies.paths import MalformedPath, MalformedPattern, parse_path, parse_path_pattern
+from policies.render import list_text, quoted, render, scalar
 from policies.words import enforced, ladder
 
 MAX_EDITS = 6  # one attempt can meet a deny, an expiry, a missing port and a missing entry, one after the other
 RENEWAL = timedelta(days=30)
-
-_PLAIN_SCALAR = re.compile(r"[a-z][a-z0-9_-]*(?:\.[a-z0-9_-]+)+(?::[0-9]+)?")  # a name with a dot is no YAML keyword
+NEW = "new"  # the label of a rule that stands in no file yet
+UPGRADES = frozenset({"websocket"})  # h2c is refused whatever a rule says
 
 
 class Change(StrEnum):
@@ -105,19 +104,6 @@ def propose(policy: Policy, attempt: Attempt) -> Proposal:
         if edit is not None:
             edits.append(edit)
     return Proposal(obstacle=verdict)
-
-
-def render(rule: AnyRule) -> tuple[str, ...]:
-    """A rule as YAML, one item of a `rules:` list. It writes the keys that an edit can contain."""
-    match rule:
-        case HostRule():
-            return tuple(_host_lines(rule))
-        case TransportRule():
-            port = rule.ports[0]
-            where = rule.host or next((_network_text(network) for network in rule.networks), rule.tag or "")
-            return (f"- {rule.stage}: {_scalar(f'{where}:{port}')}",)
-        case NameRule():
-            return (f"- {rule.stage}: {_scalar(str(rule.pattern))}",)
 
 
 def exact_entry(attempt: Attempt) -> Entry | None:
@@ -194,9 +180,9 @@ def _add_rule(trial: _Trial, rule: AnyRule) -> _Candidate:
     if trial.anchor is not None:
         where = f"add to workloads.{workload.name}.rules at {trial.anchor}"
         return Edit(Change.ADD, "rules", trial.anchor, where, render(rule)), changed
-    where = f"add to workloads.{workload.name} at {workload.place}"
+    where = f"set in workloads.{workload.name} at {workload.place}"
     lines = ("rules:", *(f"  {line}" for line in render(rule)))
-    return Edit(Change.ADD, "rules", workload.place, where, lines), changed
+    return Edit(Change.SET, "rules", workload.place, where, lines), changed
 
 
 def _set_key[R: AnyRule](trial: _Trial, old: R, new: R, key: str, value: str) -> _Candidate:
@@ -213,19 +199,17 @@ def _replaced(workload: Workload, old: AnyRule, new: AnyRule | None) -> Workload
 
 
 def _new_rule(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
-    """A rule for this very destination."""
-    for rule in _narrow_rules(trial.workload, attempt):
-        yield _add_rule(trial, rule)
-
-
-def _same_pattern(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
-    """One more rule for the pattern that decides. A narrower pattern would take over its other ports as well."""
-    group = deciding_group(trial.policy, attempt)
-    if group is None or not isinstance(verdict.rule, HostRule):
-        yield from _new_rule(trial, attempt, verdict)
+    """A rule for this very destination. Never one for opaque bytes on a port of a host rule: they would go round it."""
+    if attempt.stage in (Stage.TCP, Stage.UDP) and _is_host_port(trial, attempt):
         return
-    for rule in _host_rules(trial.workload, attempt, group.rules[0].pattern):
+    for rule in _narrow_rules(trial, attempt):
         yield _add_rule(trial, rule)
+
+
+def _is_host_port(trial: _Trial, attempt: Attempt) -> bool:
+    hosts = trial.policy.index[attempt.workload].hosts
+    groups = [group for name in attempt.names for group in hosts.matching(name)[:1]]
+    return any(attempt.port in ports.ports for group in groups for ports in group.ports)
 
 
 def _allow_entry(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
@@ -234,16 +218,16 @@ def _allow_entry(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[
     if entry is None or not isinstance(rule, HostRule):
         return
     if rule.allow is not None and is_own(trial.workload.name, rule):
-        edit = Edit(Change.ADD, "allow", rule.place, f"add to allow: of {rule}", (f"- {_quoted(entry.text)}",))
+        edit = Edit(Change.ADD, "allow", rule.place, f"add to allow: of {rule}", (f"- {quoted(entry.text)}",))
         yield edit, _replaced(trial.workload, rule, replace(rule, allow=(*rule.allow, entry)))
     else:
-        yield from _same_pattern(trial, attempt, verdict)
+        yield from _new_rule(trial, attempt, verdict)
 
 
 def _renewal(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     rule = verdict.rule
     if rule is None or not is_own(trial.workload.name, rule):
-        yield from _same_pattern(trial, attempt, verdict)
+        yield from _new_rule(trial, attempt, verdict)
         return
     until = date.fromordinal(int(attempt.time // 86400) + EPOCH) + RENEWAL
     yield _set_key(trial, rule, replace(rule, until=until), "until", until.isoformat())
@@ -258,12 +242,12 @@ def _removal(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Can
         return
     if any(entry.is_all for entry in entries):
         # Without its `deny: all` the rule would open the whole host, so the rule goes.
-        whole = (f"- host: {_scalar(str(rule.pattern))}", "  deny: all")
+        whole = (f"- host: {scalar(str(rule.pattern))}", "  deny: all")
         where = f"remove from workloads.{trial.workload.name}.rules at {rule.place}"
         yield Edit(Change.REMOVE, "rules", rule.place, where, whole), _replaced(trial.workload, rule, None)
         return
     kept = tuple(entry for entry in rule.deny if entry not in entries)
-    lines = tuple(f"- {_quoted(entry.text)}" for entry in entries)
+    lines = tuple(f"- {quoted(entry.text)}" for entry in entries)
     if kept:
         edit = Edit(Change.REMOVE, "deny", rule.place, f"remove from deny: of {rule}", lines)
     else:  # an empty list is an error
@@ -276,34 +260,26 @@ def _other_protocol(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterat
     if not isinstance(rule, HostRule):
         return
     if attempt.stage in (Stage.TCP, Stage.UDP):
-        if not any(attempt.port in ports for ports in (*rule.ports, *rule.plain)):  # else it would go round inspection
-            yield from _new_rule(trial, attempt, verdict)
+        yield from _new_rule(trial, attempt, verdict)
     elif attempt.plain and attempt.port != HTTPS_PORT.first and is_own(trial.workload.name, rule):
         plain = (*rule.plain, PortRange(attempt.port, attempt.port))
-        yield _set_key(trial, rule, replace(rule, plain=plain), "plain", _ports_text(plain))
+        yield _set_key(trial, rule, replace(rule, plain=plain), "plain", list_text(plain))
 
 
 def _ech(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     rule = verdict.rule
-    if not isinstance(rule, HostRule):
-        return
-    if is_own(trial.workload.name, rule):
+    if isinstance(rule, HostRule) and is_own(trial.workload.name, rule):
         yield _set_key(trial, rule, replace(rule, ech=True), "ech", "allow")
     else:
-        for same in _host_rules(trial.workload, attempt, rule.pattern):
-            yield _add_rule(trial, replace(same, ech=True))
+        yield from _new_rule(trial, attempt, verdict)
 
 
 def _upgrade(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Candidate]:
     rule = verdict.rule
-    if attempt.upgrade != "websocket" or not isinstance(rule, HostRule):  # h2c is refused whatever a rule says
-        return
-    upgrade = frozenset({"websocket"})
-    if is_own(trial.workload.name, rule):
-        yield _set_key(trial, rule, replace(rule, upgrade=upgrade), "upgrade", "[websocket]")
+    if isinstance(rule, HostRule) and is_own(trial.workload.name, rule) and attempt.upgrade in UPGRADES:
+        yield _set_key(trial, rule, replace(rule, upgrade=UPGRADES), "upgrade", list_text(UPGRADES))
     else:
-        for same in _host_rules(trial.workload, attempt, rule.pattern):
-            yield _add_rule(trial, replace(same, upgrade=upgrade))
+        yield from _new_rule(trial, attempt, verdict)
 
 
 # A reason that is not here is opened by no edit: explain.ADVICE says what to do instead.
@@ -312,7 +288,7 @@ _PROPOSALS: dict[Reason, _Propose] = {
     Reason.NO_SNI: _new_rule,
     Reason.ANCESTOR: _new_rule,
     Reason.PRIVATE_ADDRESS: _new_rule,
-    Reason.PORT: _same_pattern,
+    Reason.PORT: _new_rule,
     Reason.NO_ALLOW_ENTRY: _allow_entry,
     Reason.EXPIRED: _renewal,
     Reason.DENY_RULE: _removal,
@@ -325,19 +301,22 @@ _PROPOSALS: dict[Reason, _Propose] = {
 # --- rules ---------------------------------------------------------------------------------------------------------
 
 
-def _narrow_rules(workload: Workload, attempt: Attempt) -> Iterator[AnyRule]:
+def _narrow_rules(trial: _Trial, attempt: Attempt) -> Iterator[AnyRule]:
     """The narrowest rule for the destination of `attempt`, and after it what may be tried instead."""
-    place, label = workload.place, _new_label(workload)
+    place = trial.workload.place
     name = attempt.host or next(iter(attempt.names), None)
     match attempt.stage:
         case Stage.HTTP | Stage.TLS if attempt.host:
-            yield from _host_rules(workload, attempt, Pattern(attempt.host, wildcard=False))
+            # A pattern narrower than the one that decides would take over its other ports as well.
+            group = deciding_group(trial.policy, attempt)
+            pattern = group.rules[0].pattern if group else Pattern(attempt.host, wildcard=False)
+            yield from _host_rules(place, attempt, pattern)
         case Stage.NTP | Stage.DNS if name:
-            yield NameRule(place=place, label=label, stage=attempt.stage, pattern=Pattern(name, wildcard=False))
+            yield NameRule(place=place, label=NEW, stage=attempt.stage, pattern=Pattern(name, wildcard=False))
         case Stage.TCP | Stage.UDP | Stage.TLS if name or attempt.address:
             yield TransportRule(
                 place=place,
-                label=label,
+                label=NEW,
                 stage=Stage.UDP if attempt.stage is Stage.UDP else Stage.TCP,
                 host=name,
                 networks=() if name or not attempt.address else (ip_network(attempt.address),),
@@ -345,56 +324,21 @@ def _narrow_rules(workload: Workload, attempt: Attempt) -> Iterator[AnyRule]:
             )
 
 
-def _host_rules(workload: Workload, attempt: Attempt, pattern: Pattern) -> Iterator[HostRule]:
+def _host_rules(place: Place, attempt: Attempt, pattern: Pattern) -> Iterator[HostRule]:
     port = (PortRange(attempt.port, attempt.port),)
-    rule = HostRule(place=workload.place, label=_new_label(workload), pattern=pattern, ports=port)
-    if attempt.stage is Stage.TLS:
-        yield rule
+    rule = HostRule(place=place, label=NEW, pattern=pattern, ports=port, ech=attempt.ech or None)
+    if attempt.stage is Stage.HTTP and (entry := exact_entry(attempt)):
+        yield replace(
+            rule,
+            plain=port if attempt.plain and attempt.port != PLAIN_PORT.first else (),
+            tls=Tls.PASSTHROUGH if attempt.plain else Tls.INSPECT,
+            allow=(entry,),
+            upgrade=UPGRADES & {attempt.upgrade},
+            ech=None,
+        )
+    if not attempt.plain:
+        yield rule  # for a request: where another rule of the pattern carries this port undecrypted
         yield replace(rule, tls=Tls.INSPECT)  # where an inherited deny has a path, it must be seen
-    elif entry := exact_entry(attempt):
-        plain = port if attempt.plain and attempt.port != PLAIN_PORT.first else ()
-        tls = Tls.PASSTHROUGH if attempt.plain else Tls.INSPECT
-        yield replace(rule, plain=plain, tls=tls, allow=(entry,))
-
-
-def _new_label(workload: Workload) -> str:
-    return f"{workload.name}/rules[{len(workload.rules)}]"
-
-
-# --- YAML ----------------------------------------------------------------------------------------------------------
-
-
-def _host_lines(rule: HostRule) -> Iterator[str]:
-    yield f"- host: {_scalar(str(rule.pattern))}"
-    if rule.ports != (HTTPS_PORT,):
-        yield f"  ports: {_ports_text(rule.ports)}"
-    if rule.plain:
-        yield f"  plain: {_ports_text(rule.plain)}"
-    if rule.tls is Tls.INSPECT:
-        yield "  tls: inspect"
-    if rule.allow is not None:
-        yield f"  allow: [{', '.join(_quoted(entry.text) for entry in rule.allow)}]"
-    if rule.ech:
-        yield "  ech: allow"
-    if rule.upgrade:
-        yield f"  upgrade: [{', '.join(sorted(rule.upgrade))}]"
-
-
-def _ports_text(ports: Iterable[PortRange]) -> str:
-    return f"[{', '.join(map(str, ports))}]"
-
-
-def _network_text(network: Network) -> str:
-    text = str(network.network_address if network.num_addresses == 1 else network)
-    return f"[{text}]" if network.version == 6 else text
-
-
-def _scalar(text: str) -> str:
-    return text if _PLAIN_SCALAR.fullmatch(text) else _quoted(text)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # a JSON string is a YAML one
 
 
 def _segment(segment: str) -> str:

@@ -7,13 +7,13 @@ and `test`. Order of checks is order on the page. Nothing here reads a clock, a 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import Enum, auto
 
 from policies.addresses import Reach, classify
 from policies.hostnames import Hostname, parents
-from policies.index import HostGroup, HostTable, Policy, PortRules, TransportTable, WorkloadIndex, is_valid, live
+from policies.index import HostGroup, Policy, PortRules, TransportTable, WorkloadIndex, is_valid, live
 from policies.model import (
     UNKNOWN,
     Action,
@@ -24,18 +24,18 @@ from policies.model import (
     Entry,
     HostRule,
     Mode,
+    NameRule,
+    PortRange,
     Reason,
     Stage,
     Tls,
     TransportRule,
     Verdict,
 )
-from policies.paths import MalformedPath, parse_path
+from policies.paths import MalformedPath, Path, parse_path
 
 QUERY_TYPES = frozenset({"A", "AAAA"})  # every other type of an allowed name exists and is empty
-METHOD = re.compile(
-    r"[A-Z]+(?:[-_][A-Z]+)*"
-)  # a lower-case method is another method to us, and the same one to some servers
+METHOD = re.compile(r"[A-Z]+(?:[-_][A-Z]+)*")  # `get` is another method to us, and the same one to some servers
 
 # What audit mode lets pass: a missing or denying rule. Malformed input, a Host that is not the SNI, ECH, the guard and
 # never-reached addresses stay denied.
@@ -43,12 +43,23 @@ AUDITED = frozenset(
     {
         Reason.NO_RULE,
         Reason.PORT,
+        Reason.WRONG_PROTOCOL,
         Reason.DENY_RULE,
         Reason.NO_ALLOW_ENTRY,
         Reason.EXPIRED,
         Reason.ANCESTOR,
         Reason.NO_SNI,
     }
+)
+
+# Of several rules that missed the verdict names the one that came nearest: the last of these.
+_NEARNESS = (
+    Reason.PORT,
+    Reason.EXPIRED,
+    Reason.PRIVATE_ADDRESS,
+    Reason.NEVER_REACHED,
+    Reason.DENY_RULE,
+    Reason.GUARD,
 )
 
 
@@ -68,8 +79,8 @@ def decide(policy: Policy, attempt: Attempt) -> Verdict:
     if index is None:
         return _deny(attempt, Reason.UNKNOWN_WORKLOAD)
     verdict = _JUDGES[attempt.stage](policy, index, attempt)
-    if index.workload.mode is Mode.AUDIT and not verdict.is_allow and verdict.reason in AUDITED:
-        return _let_pass(attempt, verdict)
+    if index.workload.mode is Mode.AUDIT and verdict.reason in AUDITED:
+        return _let_pass(index, attempt, verdict)
     return verdict
 
 
@@ -96,40 +107,25 @@ def identify(policy: Policy, address: Address) -> str:
 def expect(policy: Policy, workload: str, port: int) -> Expect:
     """What may arrive on `port` of `workload`."""
     index = policy.index.get(workload)
-    if index is None or not any(port in ports for ports in index.tcp.ports):
+    if index is None:
         return Expect.PEEK
-    return Expect.EITHER if any(port in ports for ports in index.host_ports) else Expect.OPAQUE
+    if not _any_holds(index.tcp.ports, port):  # audit lets opaque bytes pass too, so it must not wait for a hello
+        return Expect.EITHER if index.workload.mode is Mode.AUDIT else Expect.PEEK
+    if _any_holds(index.host_ports, port):
+        return Expect.EITHER
+    # An address rule carries any name; a closed one has to be seen to be denied. A rule by name dials that name alone.
+    closes = policy.guard_table.closes or index.hosts.closes
+    return Expect.EITHER if closes and _any_holds(index.tcp.prefix_ports, port) else Expect.OPAQUE
 
 
 def carries_plain(policy: Policy, workload: str, port: int) -> bool:
     """Whether a host rule of `workload` carries plain HTTP on `port`; port 80 always counts as plain."""
     index = policy.index.get(workload)
-    return port == 80 or (index is not None and any(port in ports for ports in index.plain_ports))
+    return port == 80 or (index is not None and _any_holds(index.plain_ports, port))
 
 
-# --- names ---------------------------------------------------------------------------------------------------------
-
-
-def _deny_all(policy: Policy, groups: Iterable[HostGroup], name: Hostname) -> tuple[Reason, HostRule] | None:
-    """`deny: all` of the guard or of any matching pattern: the host is closed on every port and for DNS."""
-    for group in policy.guard_table.matching(name):
-        if group.deny_all:
-            return Reason.GUARD, group.deny_all
-    for group in groups:
-        if group.deny_all:
-            return Reason.DENY_RULE, group.deny_all
-    return None
-
-
-def _covering(group: HostGroup, port: int) -> PortRules | None:
-    for rules in group.ports:
-        if port in rules.ports:
-            return rules
-    return None
-
-
-def _day(attempt: Attempt) -> int:
-    return int(attempt.time // 86400)
+def _any_holds(ranges: Iterable[PortRange], port: int) -> bool:
+    return any(port in ports for ports in ranges)
 
 
 # --- stages --------------------------------------------------------------------------------------------------------
@@ -140,36 +136,22 @@ def _decide_tls(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdi
     if name is None:
         return _decide_transport(index.tcp, policy, index, attempt) or _deny(attempt, Reason.NO_SNI)
     groups = index.hosts.matching(name)
-    if denied := _deny_all(policy, groups, name):
+    if denied := _closed(policy, groups, name):
         return _deny(attempt, *denied)
     if not groups:
-        named = replace(attempt, names=(*attempt.names, name))  # a `tcp:` rule by name carries TLS to that name too
+        named = replace(attempt, names=(name, *attempt.names))  # a `tcp:` rule by name carries TLS to that name too
         return _decide_transport(index.tcp, policy, index, named) or _deny(attempt, Reason.NO_RULE)
-    group = groups[0]
-    rules = _covering(group, attempt.port)
+    rules = _covering(groups[0], attempt.port)
     if rules is None:
-        return _deny(attempt, Reason.PORT, group.rules[0])
+        return _decide_beside(index, attempt, groups, name)
     if rules.plain:
         return _deny(attempt, Reason.WRONG_PROTOCOL, rules.rules[0])
     current = live(rules, _day(attempt))
     if current is None:
         return _deny(attempt, Reason.EXPIRED, rules.rules[0])
-    if current.tls is Tls.PASSTHROUGH:
-        if attempt.ech and not (index.workload.ech if current.ech is None else current.ech):
-            return _deny(attempt, Reason.ECH, current.rules[0])
-        if unseen := _first_deny_entry(policy, groups, name):  # loading refuses this; if it ever passes, stay closed
-            return _deny(attempt, *unseen)
-    return current.admitted
-
-
-def _first_deny_entry(policy: Policy, groups: Iterable[HostGroup], name: Hostname) -> tuple[Reason, HostRule] | None:
-    for group in policy.guard_table.matching(name):
-        if group.denies:
-            return Reason.GUARD, group.denies[0][1]
-    for group in groups:
-        if group.denies:
-            return Reason.DENY_RULE, group.denies[0][1]
-    return None
+    if attempt.ech and current.tls is Tls.PASSTHROUGH and not _allows_ech(index, current):
+        return _deny(attempt, Reason.ECH, current.rules[0])
+    return current.admitted  # `build` refuses path entries where nothing is decrypted, so no deny is passed by here
 
 
 def _decide_http(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
@@ -179,45 +161,26 @@ def _decide_http(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verd
     if attempt.opened_for is not None and attempt.opened_for != name:
         return _deny(attempt, Reason.HOST_MISMATCH)
     groups = index.hosts.matching(name)
-    if denied := _deny_all(policy, groups, name):
-        return _deny(attempt, *denied)
-    if not groups:
-        return _deny(attempt, Reason.NO_RULE)
-    rules = _covering(groups[0], attempt.port)
+    rules = _covering(groups[0], attempt.port) if groups else None
+    current = live(rules, _day(attempt)) if rules else None
     try:
-        path = parse_path(attempt.target, encoded_slash=rules is not None and rules.encoded_slash)
+        path = parse_path(attempt.target, encoded_slash=current is not None and current.encoded_slash)
     except MalformedPath:
-        return _deny(attempt, Reason.MALFORMED_PATH, groups[0].rules[0])
-
-    def matches(entries: Iterable[tuple[Entry, HostRule]]) -> HostRule | None:
-        for entry, rule in entries:
-            if (not entry.methods or attempt.method in entry.methods) and entry.path and entry.path.denies(path):
-                return rule
-        return None
-
-    for group in policy.guard_table.matching(name):
-        if rule := matches(group.denies):
-            return _deny(attempt, Reason.GUARD, rule)
-    for group in groups:
-        if rule := matches(group.denies):
-            return _deny(attempt, Reason.DENY_RULE, rule)
+        return _deny(attempt, Reason.MALFORMED_PATH, groups[0].rules[0] if groups else None)
+    if denied := _closed(policy, groups, name) or _denied_path(policy, groups, name, attempt.method, path):
+        return _deny(attempt, *denied)
     if rules is None:
-        return _deny(attempt, Reason.PORT, groups[0].rules[0])
+        carried = _decide_beside(index, attempt, groups, name)
+        admitted = not carried.is_allow or _admits_upgrade(None, attempt.upgrade)
+        return carried if admitted else _deny(attempt, Reason.UPGRADE, carried.rule)
     if rules.plain is not attempt.plain:
         return _deny(attempt, Reason.WRONG_PROTOCOL, rules.rules[0])
-    current = live(rules, _day(attempt))
     if current is None:
         return _deny(attempt, Reason.EXPIRED, rules.rules[0])
-    admitting: HostRule | None = current.rules[0]
-    if current.allow is not None:
-        admitting = None
-        for entry, rule in current.allow:
-            if (not entry.methods or attempt.method in entry.methods) and entry.path and entry.path.admits(path):
-                admitting = rule
-                break
+    admitting = _admitting_rule(current, attempt.method, path)
     if admitting is None:
         return _deny(attempt, Reason.NO_ALLOW_ENTRY, current.rules[0])
-    if attempt.upgrade is not None and attempt.upgrade not in current.upgrade:
+    if not _admits_upgrade(current, attempt.upgrade):
         return _deny(attempt, Reason.UPGRADE, admitting)
     return Verdict(Action.ALLOW, Reason.RULE, Stage.HTTP, admitting, private=current.private)
 
@@ -227,66 +190,67 @@ def _decide_dns(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdi
     if name is None:
         return _deny(attempt, Reason.MALFORMED_QUERY)
     groups = index.hosts.matching(name)
-    if denied := _deny_all(policy, groups, name):
+    if denied := _closed(policy, groups, name):
         return _deny(attempt, *denied)
-    granted, expired = _lookup_grant(index, groups, name, _day(attempt))
-    if granted is None:
-        if expired:
-            return _deny(attempt, Reason.EXPIRED, expired)
+    dialled = _dialled_rules(index, groups, name)
+    rules = [*dialled, *_lookup_rules(index, name)]
+    day = _day(attempt)
+    granting = next((rule for rule in rules if is_valid(rule, day)), None)
+    if granting is None:
+        if rules:
+            return _deny(attempt, Reason.EXPIRED, rules[0])
         return _deny(attempt, Reason.ANCESTOR if name in index.ancestors else Reason.NO_RULE)
-    rule, private = granted
     if attempt.query_type not in QUERY_TYPES:
-        return _deny(attempt, Reason.QUERY_TYPE, rule)
-    return Verdict(Action.ALLOW, Reason.RULE, Stage.DNS, rule, private=private)
+        return _deny(attempt, Reason.QUERY_TYPE, granting)
+    # A name with nothing but `dns:` rules is never dialled: any answer may be seen.
+    private = not dialled or any(_admits_private(rule) for rule in dialled if is_valid(rule, day))
+    return Verdict(Action.ALLOW, Reason.RULE, Stage.DNS, granting, private=private)
 
 
-def _lookup_grant(
-    index: WorkloadIndex, groups: list[HostGroup], name: Hostname, day: int
-) -> tuple[tuple[AnyRule, bool] | None, AnyRule | None]:
-    """The rule that admits a lookup of `name` and whether private answers are meant; else the expired one that did."""
-    expired: AnyRule | None = None
-    if groups:
-        for rules in groups[0].ports:
-            if current := live(rules, day):
-                return (current.rules[0], any(r.private for r in groups[0].rules if is_valid(r, day))), None
-            expired = rules.rules[0]
-    for transport in (*index.tcp.names.get(name, ()), *index.udp.names.get(name, ())):
-        if is_valid(transport, day):
-            return (transport, transport.private), None
-        expired = expired or transport
-    named = [index.ntp.get(name), index.dns.get((name, False))]
-    named += [index.dns.get((above, True)) for above in parents(name)] if index.dns else []
-    for rule in (rule for rules_ in named if rules_ for rule in rules_):
-        if is_valid(rule, day):
-            return (
-                rule,
-                rule.stage is Stage.DNS,
-            ), None  # a `dns:` name is looked up, not dialled: any answer may be seen
-        expired = expired or rule
-    return None, expired
+def _dialled_rules(index: WorkloadIndex, groups: Sequence[HostGroup], name: Hostname) -> list[AnyRule]:
+    """The rules that are about reaching `name` itself."""
+    found: list[AnyRule] = [*groups[0].rules] if groups else []
+    found += index.tcp.names.get(name, ())
+    found += index.udp.names.get(name, ())
+    found += index.ntp.get(name, ())
+    return found
+
+
+def _lookup_rules(index: WorkloadIndex, name: Hostname) -> list[NameRule]:
+    """The `dns:` rules that match `name`."""
+    found: list[NameRule] = []
+    if index.dns:
+        found += index.dns.get((name, False), ())
+        for above in parents(name):
+            found += index.dns.get((above, True), ())
+    return found
 
 
 def _decide_tcp(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
-    return _decide_transport(index.tcp, policy, index, attempt) or _deny_address(policy, index, attempt)
+    return _decide_transport(index.tcp, policy, index, attempt) or _deny_opaque(index, attempt)
 
 
 def _decide_udp(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
-    return _decide_transport(index.udp, policy, index, attempt) or _deny_address(policy, index, attempt)
+    return _decide_transport(index.udp, policy, index, attempt) or _deny_opaque(index, attempt)
 
 
 def _decide_ntp(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
     """Any `ntp` rule admits UDP/123 from its workload (`host` None: a packet); the relay answers for every address."""
-    name = attempt.host
-    if name is not None and (denied := _deny_all(policy, index.hosts.matching(name), name)):
-        return _deny(attempt, *denied)
-    found = index.ntp.get(name, ()) if name is not None else [rule for rules in index.ntp.values() for rule in rules]
-    for rule in found:
-        if is_valid(rule, _day(attempt)):
-            return Verdict(Action.ALLOW, Reason.RULE, Stage.NTP, rule)
-    return _deny(attempt, Reason.EXPIRED, found[0]) if found else _deny(attempt, Reason.NO_RULE)
+    if attempt.address is not None and classify(attempt.address) is Reach.NEVER:
+        return _deny(attempt, Reason.NEVER_REACHED)
+    misses: list[Verdict] = []
+    for name in index.ntp if attempt.host is None else (attempt.host,):
+        if denied := _closed(policy, index.hosts.matching(name), name):
+            misses.append(_deny(attempt, *denied))
+            continue
+        for rule in index.ntp.get(name, ()):
+            if is_valid(rule, _day(attempt)):
+                return Verdict(Action.ALLOW, Reason.RULE, Stage.NTP, rule)
+            misses.append(_deny(attempt, Reason.EXPIRED, rule))
+    return _nearest(misses) or _deny(attempt, Reason.NO_RULE)
 
 
-_JUDGES = {
+_JUDGES: dict[Stage, Callable[[Policy, WorkloadIndex, Attempt], Verdict]] = {
     Stage.DNS: _decide_dns,
     Stage.TLS: _decide_tls,
     Stage.HTTP: _decide_http,
@@ -296,73 +260,172 @@ _JUDGES = {
 }
 
 
+# --- names and paths -----------------------------------------------------------------------------------------------
+
+
+def _closed(policy: Policy, groups: Iterable[HostGroup], name: Hostname) -> tuple[Reason, HostRule] | None:
+    """`deny: all` of the guard or of any matching pattern: the host is closed on every port and for DNS."""
+    for group in policy.guard_table.matching(name):
+        if group.deny_all:
+            return Reason.GUARD, group.deny_all
+    for group in groups:
+        if group.deny_all:
+            return Reason.DENY_RULE, group.deny_all
+    return None
+
+
+def _denied_path(
+    policy: Policy, groups: Iterable[HostGroup], name: Hostname, method: str, path: Path
+) -> tuple[Reason, HostRule] | None:
+    """The first deny entry that means this request, of the guard or of any matching pattern, whatever its ports."""
+    for reason, found in ((Reason.GUARD, policy.guard_table.matching(name)), (Reason.DENY_RULE, groups)):
+        for group in found:
+            for entry, rule in group.denies:
+                if _means(entry, method) and entry.path and entry.path.denies(path):
+                    return reason, rule
+    return None
+
+
+def _admitting_rule(rules: PortRules, method: str, path: Path) -> HostRule | None:
+    if rules.allow is None:
+        return rules.rules[0]
+    for entry, rule in rules.allow:
+        if _means(entry, method) and entry.path and entry.path.admits(path):
+            return rule
+    return None
+
+
+def _means(entry: Entry, method: str) -> bool:
+    return not entry.methods or method in entry.methods
+
+
+def _covering(group: HostGroup, port: int) -> PortRules | None:
+    for rules in group.ports:
+        if port in rules.ports:
+            return rules
+    return None
+
+
+def _admits_upgrade(rules: PortRules | None, protocol: str | None) -> bool:
+    return protocol is None or (rules is not None and protocol in rules.upgrade)
+
+
+def _allows_ech(index: WorkloadIndex, rules: PortRules | None) -> bool:
+    return index.workload.ech if rules is None or rules.ech is None else rules.ech
+
+
+def _admits_private(rule: AnyRule) -> bool:
+    return not isinstance(rule, NameRule) and rule.private
+
+
+def _day(attempt: Attempt) -> float:
+    return attempt.time // 86400  # a time that is no number is after every `until`
+
+
 # --- addresses and ports -------------------------------------------------------------------------------------------
 
 
 def _decide_transport(table: TransportTable, policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict | None:
     """The verdict of `tcp:` or `udp:` rules: by the names that gave the address, then by the address. None: no rule."""
-    day = _day(attempt)
-    missed: Verdict | None = None
+    misses: list[Verdict] = []
+    closed: list[Verdict] = []
     for name in attempt.names:
-        rules = table.names.get(name, ())
-        if rules and (denied := _deny_all(policy, index.hosts.matching(name), name)):
-            missed = _deny(attempt, *denied)
+        if denied := _closed(policy, index.hosts.matching(name), name):
+            closed.append(_deny(attempt, *denied))
+        elif rules := table.names.get(name):
+            verdict = _carry_by_name(attempt, rules, name)
+            if verdict.is_allow:
+                return verdict
+            misses.append(verdict)
+    if closed:  # the address is a closed name's too, and no rule about addresses opens that
+        return _nearest(closed)
+    if attempt.address is None:
+        return _nearest(misses)
+    if not attempt.names and classify(attempt.address) is Reach.NEVER:
+        return _deny(attempt, Reason.NEVER_REACHED)
+    for rule, inside_private in table.prefixes.covering(attempt.address):
+        if miss := _miss(rule, attempt):
+            misses.append(_deny(attempt, miss, rule))
             continue
-        for rule in rules:
-            if _port_admits(rule, attempt.port):
-                if is_valid(rule, day):
-                    return _carry(attempt, rule, dial=Dial.NAME, host=name, private=rule.private)
-                missed = _deny(attempt, Reason.EXPIRED, rule)
-            else:
-                missed = missed or _deny(attempt, Reason.PORT, rule)
-    if attempt.address is not None:
-        for rule, inside_private in table.prefixes.covering(attempt.address):
-            if _port_admits(rule, attempt.port):
-                if is_valid(rule, day):
-                    verdict = _carry(attempt, rule, dial=Dial.ORIGINAL, private=inside_private)
-                    return admit(verdict, attempt.address)
-                missed = _deny(attempt, Reason.EXPIRED, rule)
-            else:
-                missed = missed or _deny(attempt, Reason.PORT, rule)
-    return missed
+        verdict = admit(_carry(attempt, rule, Dial.ORIGINAL, private=inside_private), attempt.address)
+        if verdict.is_allow:
+            return verdict
+        misses.append(verdict)
+    return _nearest(misses)
 
 
-def _port_admits(rule: TransportRule, port: int) -> bool:
-    return any(port in ports for ports in rule.ports)
+def _decide_beside(index: WorkloadIndex, attempt: Attempt, groups: Sequence[HostGroup], name: Hostname) -> Verdict:
+    """On a port that no host rule of `name` covers, a `tcp:` rule by that very name carries TLS and HTTP too."""
+    if rules := index.tcp.names.get(name):
+        return _carry_by_name(attempt, rules, name)
+    return _deny(attempt, Reason.PORT, groups[0].rules[0]) if groups else _deny(attempt, Reason.NO_RULE)
+
+
+def _carry_by_name(attempt: Attempt, rules: Iterable[TransportRule], name: Hostname) -> Verdict:
+    misses: list[Verdict] = []
+    admitting: list[TransportRule] = []
+    for rule in rules:
+        if miss := _miss(rule, attempt):
+            misses.append(_deny(attempt, miss, rule))
+        else:
+            admitting.append(rule)
+    if admitting:
+        private = any(rule.private for rule in admitting)
+        return _carry(attempt, admitting[0], Dial.NAME, private=private, host=name)
+    return max(misses, key=_nearness)
+
+
+def _miss(rule: TransportRule, attempt: Attempt) -> Reason | None:
+    if not _any_holds(rule.ports, attempt.port):
+        return Reason.PORT
+    return None if is_valid(rule, _day(attempt)) else Reason.EXPIRED
 
 
 def _carry(
-    attempt: Attempt, rule: TransportRule, *, dial: Dial, private: bool, host: Hostname | None = None
+    attempt: Attempt, rule: TransportRule, dial: Dial, *, private: bool, host: Hostname | None = None
 ) -> Verdict:
     tls = Tls.PASSTHROUGH if attempt.stage is Stage.TLS else None
     return Verdict(Action.ALLOW, Reason.RULE, attempt.stage, rule, tls=tls, dial=dial, host=host, private=private)
 
 
-def _deny_address(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
+def _deny_opaque(index: WorkloadIndex, attempt: Attempt) -> Verdict:
     for name in attempt.names:
-        groups = index.hosts.matching(name)
-        if denied := _deny_all(policy, groups, name):
-            return _deny(attempt, *denied)
-        if groups:  # opaque bytes where the host rule expects TLS or HTTP
+        if groups := index.hosts.matching(name):  # opaque bytes where the host rule expects TLS or HTTP
             return _deny(attempt, Reason.WRONG_PROTOCOL, groups[0].rules[0])
-    if attempt.address is not None and classify(attempt.address) is Reach.NEVER:
-        return _deny(attempt, Reason.NEVER_REACHED)
     return _deny(attempt, Reason.NO_RULE)
+
+
+# --- denials -------------------------------------------------------------------------------------------------------
 
 
 def _deny(attempt: Attempt, reason: Reason, rule: AnyRule | None = None) -> Verdict:
     return Verdict(Action.DENY, reason, attempt.stage, rule)
 
 
-def _let_pass(attempt: Attempt, denial: Verdict) -> Verdict:
+def _nearest(misses: Sequence[Verdict]) -> Verdict | None:
+    return max(misses, key=_nearness, default=None)
+
+
+def _nearness(miss: Verdict) -> int:
+    return _NEARNESS.index(miss.reason)
+
+
+def _let_pass(index: WorkloadIndex, attempt: Attempt, denial: Verdict) -> Verdict:
     """Audit mode: the attempt passes undecrypted, to the name asked for or else to where it was going."""
-    tls = Tls.PASSTHROUGH if attempt.stage is Stage.TLS else None
     name = attempt.host or next(iter(attempt.names), None)
-    dial = Dial.NAME if name is not None else Dial.ORIGINAL
-    passed = Verdict(
-        Action.ALLOW, denial.reason, attempt.stage, denial.rule, tls=tls, dial=dial, host=name, would_be=denial
+    groups = index.hosts.matching(name) if name else []
+    rules = _covering(groups[0], attempt.port) if groups else None
+    if attempt.stage is Stage.TLS and attempt.ech and not _allows_ech(index, rules):
+        return _deny(attempt, Reason.ECH, denial.rule)
+    if attempt.stage is Stage.HTTP and not _admits_upgrade(rules, attempt.upgrade):
+        return _deny(attempt, Reason.UPGRADE, denial.rule)
+    passed = replace(
+        denial,
+        action=Action.ALLOW,
+        tls=Tls.PASSTHROUGH if attempt.stage is Stage.TLS else None,
+        dial=Dial.NAME if name else Dial.ORIGINAL,
+        host=name,
+        private=name is not None and any(map(_admits_private, _dialled_rules(index, groups, name))),
+        would_be=denial,
     )
-    return passed if dial is Dial.NAME or attempt.address is None else admit(passed, attempt.address)
-
-
-__all__ = ["Expect", "HostTable", "admit", "carries_plain", "decide", "expect", "identify"]
+    return passed if name or attempt.address is None else admit(passed, attempt.address)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from itertools import islice
 
-from policies.edits import Edit, deciding_group, denying_entries, propose
+from policies.edits import Edit, deciding_group, denying_entries, is_own, propose
 from policies.errors import PolicyError
 from policies.hostnames import Hostname
 from policies.index import HostGroup, Policy, build
@@ -117,7 +117,7 @@ def _entry(entries: Sequence[Entry]) -> str:
 
 _BECAUSE = {
     Reason.RULE: "a rule admits it",
-    Reason.GUARD: "{entry} of the guard, for every workload",
+    Reason.GUARD: "the guard: {entry}, for every workload",
     Reason.DENY_RULE: "{entry}, and any deny wins",
     Reason.NO_RULE: "no rule of {workload} {names} {to}",
     Reason.PORT: "{to} has a rule, none for {stage} port {port}",
@@ -138,7 +138,7 @@ _BECAUSE = {
     Reason.MALFORMED_REQUEST: "{fault}",
     Reason.MALFORMED_QUERY: "the DNS query cannot be read",
     Reason.NEVER_REACHED: "{to} is metadata, loopback, link-local or multicast: no rule opens it",
-    Reason.PRIVATE_ADDRESS: "{to} is a private address, and the rule does not say private",
+    Reason.PRIVATE_ADDRESS: "{to} is a private address, and no rule was written for those",
 }
 
 
@@ -161,9 +161,9 @@ def _fault(attempt: Attempt) -> str:
 
 
 def _advice(verdict: Verdict, attempt: Attempt) -> str:
-    if verdict.reason is Reason.DENY_RULE and verdict.rule is not None:
+    if verdict.reason is Reason.DENY_RULE and verdict.rule and not is_own(attempt.workload, verdict.rule):
         return f"the deny stands in a set that others use: change the set at {verdict.rule.place}, or stop using it"
-    if verdict.reason is Reason.WRONG_PROTOCOL and attempt.stage in (Stage.TCP, Stage.UDP):
+    if verdict.reason in (Reason.WRONG_PROTOCOL, Reason.PORT) and attempt.stage in (Stage.TCP, Stage.UDP):
         return f"a host rule carries TLS and HTTP only, and opaque bytes would go round it; try tls://{destination(attempt)}"
     if verdict.reason is Reason.WRONG_PROTOCOL:
         return "use http:// on a plain port and https:// on every other; plain: in the rule names further plain ports"
@@ -306,10 +306,10 @@ def _near_names(rules: Iterable[AnyRule], name: Hostname, attempt: Attempt) -> I
             yield (1 if wildcard else 0), Miss(rule, by)
         elif wildcard and name.endswith(f".{pattern}"):
             yield 0, Miss(rule, f"it is for {_covered(rule)}")
-        elif _is_slip(_tail(name, pattern) if wildcard else name, pattern):
-            yield 2, Miss(rule, f"it names {'*.' * wildcard}{pattern}; is that what was meant?")
         elif name.endswith(f".{pattern}"):
             yield 3, Miss(rule, f"it names {pattern} alone, nothing below it")
+        elif _is_slip(_tail(name, pattern) if wildcard else name, pattern):
+            yield 2, Miss(rule, f"it names {'*.' * wildcard}{pattern}; is that what was meant?")
         elif pattern.endswith(f".{name}"):
             yield 4, Miss(rule, f"it names {'*.' * wildcard}{pattern}, below {name}")
         elif "." in parent and pattern.partition(".")[2] == parent and not wildcard:
@@ -324,7 +324,7 @@ def _tail(name: Hostname, pattern: Hostname) -> str:
 
 def _is_slip(name: str, other: str) -> bool:
     """Whether up to two characters in one place turn one into the other. `a1.x` is no slip for `a2.x`."""
-    if abs(len(name) - len(other)) > 2 or len(name) < 6:
+    if abs(len(name) - len(other)) > 2 or len(name) < 6 or name.count(".") != other.count("."):
         return False
     start = next((i for i, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), min(len(name), len(other)))
     room = min(len(name), len(other)) - start

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from policies.addresses import PrefixMap, inside_one_private_block
 from policies.errors import PolicyError, Problem
-from policies.hostnames import Hostname, parents
+from policies.hostnames import Hostname, Pattern, parents
 from policies.model import (
     Action,
     AnyRule,
@@ -63,9 +63,9 @@ class HostGroup:
 
 
 class HostTable:
-    """Patterns of host rules. `matching(name)` yields their groups, the most specific first."""
+    """Patterns of host rules, the most specific first. `closes`: some pattern is `deny: all`."""
 
-    __slots__ = ("exact", "wildcards")
+    __slots__ = ("closes", "exact", "wildcards")
 
     def __init__(self, rules: Iterable[HostRule]) -> None:
         by_pattern: dict[tuple[Hostname, bool], list[HostRule]] = {}
@@ -75,14 +75,22 @@ class HostTable:
         self.wildcards: dict[Hostname, HostGroup] = {}
         for (host, wildcard), group in by_pattern.items():
             (self.wildcards if wildcard else self.exact)[host] = _group(group)
+        self.closes = any(group.deny_all for group in self.groups())
 
     def matching(self, name: Hostname) -> list[HostGroup]:
+        """The groups whose pattern matches `name`."""
         found = []
         if group := self.exact.get(name):
             found.append(group)
         if self.wildcards:
             found.extend(group for above in parents(name) if (group := self.wildcards.get(above)))
         return found
+
+    def holding(self, pattern: Pattern) -> list[HostGroup]:
+        """The groups whose pattern matches every name that `pattern` matches."""
+        if not pattern.wildcard:
+            return self.matching(pattern.host)
+        return [group for name in (pattern.host, *parents(pattern.host)) if (group := self.wildcards.get(name))]
 
     def groups(self) -> Iterator[HostGroup]:
         yield from self.exact.values()
@@ -91,11 +99,12 @@ class HostTable:
 
 @dataclass(frozen=True, slots=True)
 class TransportTable:
-    """`tcp:` or `udp:` rules by name and by prefix. A prefix carries whether it lies inside one private block."""
+    """`tcp:` or `udp:` rules by name and by prefix. A prefix carries whether it admits private addresses."""
 
     names: Mapping[Hostname, tuple[TransportRule, ...]]
     prefixes: PrefixMap[tuple[TransportRule, bool]]
     ports: frozenset[PortRange]
+    prefix_ports: frozenset[PortRange]  # of the rules by prefix alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +149,15 @@ def build(workloads: Mapping[str, Workload], guard: Sequence[HostRule] = (), tes
     return Policy(dict(workloads), tuple(guard), tuple(tests), index, guard_table, sources)
 
 
-def live(rules: PortRules, day: int) -> PortRules | None:
-    """These rules without the expired ones, or None where all are. An expired rule's allow list stays, empty."""
+def live(rules: PortRules, day: float) -> PortRules | None:
+    """These rules on `day`: what expired ones grant is gone, what they narrow stays. None where all are expired."""
     if rules.last_day is None or day <= rules.last_day:
         return rules
-    valid = [rule for rule in rules.rules if is_valid(rule, day)]
-    if not valid:
-        return None
-    lists = [rule for rule in rules.rules if rule.allow is not None]
-    return _port_rules(rules.ports, rules.plain, rules.tls, valid, has_list=bool(lists))
+    valid = tuple(rule for rule in rules.rules if is_valid(rule, day))
+    return _port_rules(rules.ports, rules.plain, rules.rules, valid) if valid else None
 
 
-def is_valid(rule: AnyRule, day: int) -> bool:
+def is_valid(rule: AnyRule, day: float) -> bool:
     """Whether `rule` still counts on `day` (since the epoch, UTC): `until` is the last valid day."""
     return rule.until is None or day <= rule.until.toordinal() - EPOCH
 
@@ -203,70 +209,85 @@ def _transport_table(rules: Sequence[TransportRule]) -> TransportTable:
     for rule in rules:
         if rule.host:
             names[rule.host].append(rule)
-    prefixes = ((network, (rule, inside_one_private_block(network))) for rule in rules for network in rule.networks)
-    ports = frozenset(ports for rule in rules for ports in rule.ports)
-    return TransportTable({host: tuple(found) for host, found in names.items()}, PrefixMap(prefixes), ports)
+    # A tag's prefixes come from the cloud's file: nobody wrote there that private addresses are meant.
+    prefixes = (
+        (network, (rule, rule.tag is None and inside_one_private_block(network)))
+        for rule in rules
+        for network in rule.networks
+    )
+    return TransportTable(
+        names={host: tuple(found) for host, found in names.items()},
+        prefixes=PrefixMap(prefixes),
+        ports=frozenset(ports for rule in rules for ports in rule.ports),
+        prefix_ports=frozenset(ports for rule in rules if rule.networks for ports in rule.ports),
+    )
 
 
-def _group(rules: Sequence[HostRule]) -> HostGroup:
+def _group(found: Sequence[HostRule]) -> HostGroup:
+    rules = tuple(found)
     entries = [(entry, rule) for rule in rules for entry in rule.deny]
     return HostGroup(
-        rules=tuple(rules),
+        rules=rules,
         ports=tuple(_port_segments(rules)),
         deny_all=next((rule for entry, rule in entries if entry.is_all), None),
         denies=tuple((entry, rule) for entry, rule in entries if not entry.is_all),
     )
 
 
-def _port_segments(rules: Sequence[HostRule]) -> Iterator[PortRules]:
+def _port_segments(rules: tuple[HostRule, ...]) -> Iterator[PortRules]:
     """The ports of these rules cut into disjoint ranges, each with the rules that cover it."""
     if len(rules) == 1 and len(rules[0].ports) == 1 and not rules[0].plain:  # nearly every rule
         ports = rules[0].ports[0]
         if PLAIN_PORT.first not in ports or ports == PLAIN_PORT:
-            yield _port_rules(ports, ports == PLAIN_PORT, rules[0].tls, rules)
+            yield _port_rules(ports, ports == PLAIN_PORT, rules, rules)
             return
     edges = {80, 81}
     for rule in rules:
         for ports in (*rule.ports, *rule.plain):
             edges.update((ports.first, ports.last + 1))
-    starts = sorted(edges)
-    for first, after in pairwise(starts):
-        covering = [rule for rule in rules if any(first in ports for ports in (*rule.ports, *rule.plain))]
+    for first, after in pairwise(sorted(edges)):
+        covering = tuple(rule for rule in rules if any(first in ports for ports in (*rule.ports, *rule.plain)))
         if covering:
-            yield _port_rules(PortRange(first, after - 1), _is_plain(covering[0], first), covering[0].tls, covering)
+            yield _port_rules(PortRange(first, after - 1), _is_plain(covering[0], first), covering, covering)
 
 
 def _is_plain(rule: HostRule, port: int) -> bool:
     return port in PLAIN_PORT or any(port in ports for ports in rule.plain)
 
 
-def _port_rules(
-    ports: PortRange, plain: bool, tls: Tls, rules: Sequence[HostRule], *, has_list: bool = False
-) -> PortRules:
-    allow = [(entry, rule) for rule in rules if rule.allow is not None for entry in rule.allow]
-    has_list = has_list or any(rule.allow is not None for rule in rules)
-    until = [rule.until for rule in rules if rule.until]
-    asked = [rule.ech for rule in rules if rule.ech is not None]
-    private = any(rule.private for rule in rules)
+def _port_rules(ports: PortRange, plain: bool, rules: tuple[HostRule, ...], valid: tuple[HostRule, ...]) -> PortRules:
+    """What `valid`, those of `rules` that are not expired, grant together within what all of them narrow."""
+    first = valid[0]
+    allow = None
+    if any(rule.allow is not None for rule in rules):
+        allow = tuple((entry, rule) for rule in valid for entry in rule.allow or ())
+    until = [rule.until for rule in valid if rule.until]
+    private = any(rule.private for rule in valid)
     return PortRules(
         ports=ports,
         plain=plain,
-        tls=tls,
-        rules=tuple(rules),
+        tls=first.tls,
+        rules=valid,
         last_day=min(until).toordinal() - EPOCH if until else None,
-        allow=tuple(allow) if has_list else None,
+        allow=allow,
         private=private,
-        encoded_slash=any(rule.encoded_slash for rule in rules),
-        ech=any(asked) if asked else None,
-        upgrade=frozenset().union(*(rule.upgrade for rule in rules)),
-        admitted=Verdict(Action.ALLOW, Reason.RULE, Stage.TLS, rules[0], tls=tls, private=private),
+        encoded_slash=any(rule.encoded_slash for rule in valid),
+        ech=_ech(rules, valid),
+        upgrade=first.upgrade if len(valid) == 1 else frozenset().union(*(rule.upgrade for rule in valid)),
+        admitted=Verdict(Action.ALLOW, Reason.RULE, Stage.TLS, first, tls=first.tls, private=private),
     )
+
+
+def _ech(rules: Sequence[HostRule], valid: Sequence[HostRule]) -> bool | None:
+    if any(rule.ech for rule in valid):
+        return True
+    return False if any(rule.ech is False for rule in rules) else None
 
 
 def _contradictions(index: WorkloadIndex, guard: HostTable) -> Iterator[Problem]:
     for group in index.hosts.groups():
         yield from _mixed_ports(group)
-        yield from _unseen_entries(group, index.hosts, guard)
+    yield from _unseen_entries(index.hosts, guard)
 
 
 def _mixed_ports(group: HostGroup) -> Iterator[Problem]:
@@ -288,26 +309,35 @@ def _mixed_ports(group: HostGroup) -> Iterator[Problem]:
                 )
 
 
-def _unseen_entries(group: HostGroup, hosts: HostTable, guard: HostTable) -> Iterator[Problem]:
+def _unseen_entries(hosts: HostTable, guard: HostTable) -> Iterator[Problem]:
     """Method and path entries that no part of the gate could see, because the port is carried undecrypted."""
-    blind = next((p for p in group.ports if not p.plain and p.tls is Tls.PASSTHROUGH and not group.deny_all), None)
-    if blind is None:
-        return
-    rule = blind.rules[0]
-    pattern = rule.pattern
-    own = list(group.denies) + list(blind.allow or ())
-    if pattern.wildcard:
-        above = [table.wildcards.get(name) for table in (hosts, guard) for name in parents(pattern.host)]
-        above.append(guard.wildcards.get(pattern.host))
-        if guard.exact or guard.wildcards:  # a guard entry below the wildcard could not be seen either
-            above += [g for g in guard.groups() if g.denies and pattern.matches(g.rules[0].pattern.host)]
-    else:
-        above = [g for g in (*hosts.matching(pattern.host), *guard.matching(pattern.host)) if g is not group]
-    inherited = [found for g in above if g for found in g.denies]
-    for entry, source in {id(source): (entry, source) for entry, source in own + inherited}.values():
+    for group in hosts.groups():
+        if blind := _blind_port(group):
+            pattern = group.rules[0].pattern
+            meeting = [*hosts.holding(pattern), *guard.holding(pattern)]
+            if not any(other.deny_all for other in meeting):
+                entries = [found for other in meeting for found in other.denies]
+                yield from _unseen(group, blind, [*(blind.allow or ()), *entries])
+    for narrow in guard.groups():  # below a wildcard that decides for its names
+        pattern = narrow.rules[0].pattern
+        deciding = hosts.holding(pattern)[:1] if narrow.denies else []
+        for group in deciding:
+            blind = _blind_port(group)
+            closed = narrow.deny_all or any(other.deny_all for other in hosts.holding(pattern))
+            if blind and not closed and group.rules[0].pattern != pattern:
+                yield from _unseen(group, blind, narrow.denies)
+
+
+def _blind_port(group: HostGroup) -> PortRules | None:
+    return next((ports for ports in group.ports if not ports.plain and ports.tls is Tls.PASSTHROUGH), None)
+
+
+def _unseen(group: HostGroup, blind: PortRules, entries: Iterable[tuple[Entry, HostRule]]) -> Iterator[Problem]:
+    rule = group.rules[0]
+    for entry, source in {id(source): (entry, source) for entry, source in entries}.values():
         yield Problem(
             rule.place,
-            f'host "{pattern}" port {blind.ports} is passed through undecrypted, '
+            f'host "{rule.pattern}" port {blind.ports} is passed through undecrypted, '
             f'so "{entry.text}" of {source.place} cannot be seen',
             "write tls: inspect here, or deny: all there",
         )

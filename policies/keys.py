@@ -30,13 +30,29 @@ class Wrong(Exception):
         super().__init__(problems)
 
 
+class Tags:
+    """The imported service tags. Clouds spell one tag in several cases, so case does not count."""
+
+    __slots__ = ("_names", "_networks")
+
+    def __init__(self, networks: Mapping[str, tuple[Network, ...]]) -> None:
+        self._networks = networks
+        self._names = {name.casefold(): name for name in networks}
+
+    def find(self, name: str) -> tuple[Network, ...] | None:
+        known = self._names.get(name.casefold())
+        return None if known is None else self._networks[known]
+
+    def names(self) -> Iterable[str]:
+        return self._networks.keys()
+
+
 @dataclass(frozen=True, slots=True)
 class Scope:
     """What the reading of one file may ask. `label` names the workload or set that is being read."""
 
     file: str
-    tags: Mapping[str, tuple[Network, ...]]
-    tag_names: Mapping[str, str]  # casefolded, to the name in `tags`
+    tags: Tags | None  # None: any tag will do, without prefixes
     is_public_suffix: Callable[[Hostname], bool]
     label: str = ""
 

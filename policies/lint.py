@@ -62,11 +62,10 @@ def lint(
     found: list[Finding] = []
     useless: set[Place] = set()
     for index in policy.index.values():
-        for rule in _own_rules(index):
-            found += _dates(rule, today)
-        effects = list(_without_effect(index, policy.guard_table))
-        useless |= {finding.problem.place for finding in effects}
-        found += effects
+        idle = [*_ended(index, today), *_without_effect(index, policy.guard_table)]
+        useless |= {finding.problem.place for finding in idle}
+        found += idle
+        found += _ending(index, today)
         found += _shared_suffixes(index, shared_suffix)
         found += _fronting(index, policy.guard_table)
         found += _wide_tcp(index)
@@ -96,17 +95,20 @@ def example_words(rule: AnyRule) -> str:
 # --- dates ---------------------------------------------------------------------------------------------------------
 
 
-def _dates(rule: AnyRule, today: date) -> Iterator[Finding]:
-    if rule.until is None:
-        return
-    if rule.until < today:
-        message = f"the rule {_named(rule)} ended on {rule.until} and admits nothing"
-        yield _finding(Level.ERROR, Code.EXPIRED, rule.place, message, "give it a later until:, or remove it")
-    elif rule.until - today <= ENDS_SOON:
-        days = (rule.until - today).days
-        left = "today" if days == 0 else "tomorrow" if days == 1 else f"in {days} days"
-        message = f"the rule {_named(rule)} ends {left}, after {rule.until}"
-        yield _finding(Level.NOTE, Code.ENDS_SOON, rule.place, message, "renew until:, or remove the rule then")
+def _ended(index: WorkloadIndex, today: date) -> Iterator[Finding]:
+    for rule in _own_rules(index):
+        if rule.until and rule.until < today:
+            message = f"the rule {_named(rule)} ended on {rule.until} and admits nothing"
+            yield _finding(Level.ERROR, Code.EXPIRED, rule.place, message, "give it a later until:, or remove it")
+
+
+def _ending(index: WorkloadIndex, today: date) -> Iterator[Finding]:
+    for rule in _own_rules(index):
+        if rule.until and today <= rule.until <= today + ENDS_SOON:
+            days = (rule.until - today).days
+            left = "today" if days == 0 else "tomorrow" if days == 1 else f"in {days} days"
+            message = f"the rule {_named(rule)} ends {left}, after {rule.until}"
+            yield _finding(Level.NOTE, Code.ENDS_SOON, rule.place, message, "renew until:, or remove the rule then")
 
 
 # --- too wide ------------------------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ from policies.document import Document, Draft, read_document
 from policies.errors import PolicyError, Problem
 from policies.hostnames import Hostname
 from policies.index import Policy, build
-from policies.keys import Scope, Wrong
+from policies.keys import Scope, Tags, Wrong
 from policies.model import UNKNOWN, Match, Mode, Network, Workload
 from policies.sets import Shelf, check, unfold
 from policies.spelling import did_you_mean
 from policies.tree import Source, parse
+
+__all__ = ["Source", "load"]
 
 
 def load(
@@ -32,7 +34,7 @@ def load(
     tags              prefixes by service tag
     is_public_suffix  whether the names below this one belong to many owners
     """
-    scope = Scope("", tags, {name.casefold(): name for name in tags}, is_public_suffix)
+    scope = Scope("", Tags(tags), is_public_suffix)
     documents = _read(sources, scope)
     shelf = Shelf(documents, catalogue, scope)
     problems = list(shelf.problems)

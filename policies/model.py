@@ -95,6 +95,7 @@ class Reason(StrEnum):
     HELLO_TOO_LARGE = "hello_too_large"
     TOO_MANY_CONNECTIONS = "too_many_connections"
     CLIENT_GONE = "client_gone"
+    NOT_SERVED = "not_served"  # a rule admits it and this gate does not carry its kind yet
     GATE_FAILED = "gate_failed"  # a part of the gate failed; closed, recorded, never let through
 
 

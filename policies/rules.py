@@ -95,8 +95,8 @@ def _destination(extras: Mapping[str, Key]) -> Shape[dict[str, Any]]:
             return {"host": host, "networks": networks, "ports": ports}
         fields = table.read(node, scope)
         the_one(node, scope, "a destination", _TARGETS)
-        if tag := fields.get("tag"):
-            fields["networks"] = scope.tags[tag]
+        if "tag" in fields:
+            fields["tag"], fields["networks"] = fields["tag"]
         return fields
 
     return Shape(read, {"anyOf": [values.DESTINATION_SCHEMA, table.schema | one_of(_TARGETS)]})

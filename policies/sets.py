@@ -21,10 +21,17 @@ from policies.tree import ListNode, MapNode, Node, Scalar, Source, parse
 from policies.values import PARAMETER
 
 # A value must never widen the pattern it is put into: no `*`, no `<`, and in a name no dot, which would move it below
-# another owner. In a path and in free text a value is one segment, whose dots are harmless.
+# another owner. In a path and in free text a value is one segment, whose dots are harmless. Strictest first.
+_PORT = re.compile(r"[0-9]{1,5}")
 _LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _SEGMENT = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
-_SEGMENT_KEYS = frozenset({"allow", "deny", "name", "reason", "owner"})
+_FORMS = {
+    _PORT: "port",
+    _LABEL: "label (letters, digits, - inside)",
+    _SEGMENT: "segment (letters, digits, . _ -)",
+}
+_FORM_OF = {**dict.fromkeys(("ports", "plain"), _PORT), **dict.fromkeys(("allow", "deny"), _SEGMENT)}
+_FORM_OF |= dict.fromkeys(("name", "reason", "owner"), _SEGMENT)
 
 
 class Shelf:
@@ -69,93 +76,77 @@ def unfold(use: Use, shelf: Shelf) -> tuple[AnyRule, ...]:
     if rules is None:
         hint = did_you_mean(use.name, shelf.names())
         raise Wrong([Problem(use.place, f"unknown set {quote(use.name)}", hint)])
-    wanted = parameters(rules)
-    if problems := list(_misfits(use, wanted)):
+    forms = parameters(rules)
+    if problems := list(_misfits(use, forms)):
         raise Wrong(problems)
     try:
-        return read_set(rules, use.parameters, f"{use.label}/{use.name}", use.place.file)
+        return _read(rules, use.parameters, f"{use.label}/{use.name}")
     except Wrong as e:
-        if not wanted:
+        if not forms:
             raise
-        raise Wrong([_cited(problem, use) for problem in e.problems]) from e
+        at = f" (as used at {use.place})"  # with other values it might be right
+        raise Wrong([replace(problem, message=problem.message + at) for problem in e.problems]) from e
 
 
 def check(rules: RuleSet) -> None:
-    """Raises Wrong for a set that could not be used, whatever the values of its parameters."""
-    names = parameters(rules)
-    trials = [Scalar(sample, True, rules.place.line, rules.place.column) for sample in ("1", "x")]
-    for trial in trials if names else trials[:1]:
-        try:
-            read_set(rules, dict.fromkeys(names, trial), f"sets/{rules.name}", rules.place.file)
-        except Wrong:
-            if trial is trials[-1] or not names:
-                raise
-        else:
-            return
+    """Raises Wrong for a set that could not be used, whatever the values of its parameters and the imported tags."""
+    untagged = replace(rules, scope=replace(rules.scope, tags=None))
+    samples = {
+        name: Scalar("1" if form is _PORT else "x", True, rules.place.line, rules.place.column)
+        for name, form in parameters(rules).items()
+    }
+    _read(untagged, samples, f"sets/{rules.name}")
 
 
-def parameters(rules: RuleSet) -> set[str]:
-    """The names of the set's parameters."""
-    return {name for node in rules.rules for text in _texts(node) for name in PARAMETER.findall(text)}
+def parameters(rules: RuleSet) -> dict[str, re.Pattern[str]]:
+    """The set's parameters, each with the form its values must have in the strictest of its places."""
+    found: dict[str, set[re.Pattern[str]]] = {}
+    for name, form in (each for node in rules.rules for each in _parameters(node, _LABEL)):
+        found.setdefault(name, set()).add(form)
+    return {name: next(form for form in _FORMS if form in forms) for name, forms in found.items()}
 
 
-def read_set(rules: RuleSet, values: Mapping[str, Scalar], label: str, file: str) -> tuple[AnyRule, ...]:
-    """The rules of a set with its parameters replaced; `file` is where the values were written. Raises Wrong."""
-
-    def read(index: int, node: Node) -> AnyRule:
-        filled = _fill(node, values, file) if values else node
-        return read_rule(filled, rules.scope, f"{label}[{index}]")
-
-    return read_each(read, rules.rules)
-
-
-def _misfits(use: Use, wanted: set[str]) -> Iterator[Problem]:
-    given = set(use.parameters)
-    for name in sorted(wanted - given):
-        repair = f"write {{set: {use.name}, {name}: …}}" if name != "set" else "rename it in the set"
-        yield Problem(use.place, f'set "{use.name}" needs a value for its parameter "{name}"', repair)
-    for name in sorted(given - wanted):
-        value = use.parameters[name]
-        place = Place(use.place.file, value.line, value.column)
-        repair = did_you_mean(name, wanted) if wanted else "it has no parameters"
-        yield Problem(place, f'set "{use.name}" has no parameter {quote(name)}', repair)
-
-
-def _cited(problem: Problem, use: Use) -> Problem:
-    return replace(problem, message=f"{problem.message} (as used at {use.place})")
-
-
-def _texts(node: Node) -> Iterator[str]:
+def _parameters(node: Node, form: re.Pattern[str]) -> Iterator[tuple[str, re.Pattern[str]]]:
     match node:
         case Scalar():
-            yield node.text
+            for found in PARAMETER.finditer(node.text):
+                after_colon = form is _LABEL and ":" in node.text[: found.start()]
+                yield found[1], _PORT if after_colon else form
         case ListNode():
             for item in node.items:
-                yield from _texts(item)
+                yield from _parameters(item, form)
         case MapNode():
-            for _, value in node.entries:
-                yield from _texts(value)
+            for key, value in node.entries:
+                yield from _parameters(value, _FORM_OF.get(key.text, _LABEL))
 
 
-def _fill(node: Node, values: Mapping[str, Scalar], file: str, form: re.Pattern[str] = _LABEL) -> Node:
+def _read(rules: RuleSet, values: Mapping[str, Scalar], label: str) -> tuple[AnyRule, ...]:
+    return read_each(
+        lambda index, node: read_rule(_fill(node, values) if values else node, rules.scope, f"{label}[{index}]"),
+        rules.rules,
+    )
+
+
+def _fill(node: Node, values: Mapping[str, Scalar]) -> Node:
     """`node` with its parameters replaced. A plain `<port>` becomes a plain number."""
     match node:
         case Scalar():
-            return node._replace(text=PARAMETER.sub(lambda found: _value(found[1], values, file, form), node.text))
+            return node._replace(text=PARAMETER.sub(lambda found: values[found[1]].text, node.text))
         case ListNode():
-            return node._replace(items=tuple(_fill(item, values, file, form) for item in node.items))
+            return node._replace(items=tuple(_fill(item, values) for item in node.items))
         case MapNode():
-            entries = (
-                (key, _fill(value, values, file, _SEGMENT if key.text in _SEGMENT_KEYS else _LABEL))
-                for key, value in node.entries
-            )
-            return node._replace(entries=tuple(entries))
+            return node._replace(entries=tuple((key, _fill(value, values)) for key, value in node.entries))
 
 
-def _value(name: str, values: Mapping[str, Scalar], file: str, form: re.Pattern[str]) -> str:
-    value = values[name]
-    if form.fullmatch(value.text):
-        return value.text
-    what = "one label (letters, digits, - inside)" if form is _LABEL else "one segment (letters, digits, . _ - inside)"
-    message = f'parameter "{name}" is {quote(value.text)}, not {what}'
-    raise Wrong([Problem(Place(file, value.line, value.column), message, "anything else could widen the set")])
+def _misfits(use: Use, forms: Mapping[str, re.Pattern[str]]) -> Iterator[Problem]:
+    for name in sorted(forms.keys() - use.parameters.keys()):
+        repair = f"write {{set: {use.name}, {name}: …}}" if name != "set" else "rename it in the set"
+        yield Problem(use.place, f'set "{use.name}" needs a value for its parameter "{name}"', repair)
+    for name, value in use.parameters.items():
+        place = Place(use.place.file, value.line, value.column)
+        if name not in forms:
+            repair = did_you_mean(name, forms) if forms else "it has no parameters"
+            yield Problem(place, f'set "{use.name}" has no parameter {quote(name)}', repair)
+        elif not forms[name].fullmatch(value.text):
+            message = f'parameter "{name}" is {quote(value.text)}, not one {_FORMS[forms[name]]}'
+            yield Problem(place, message, "anything else could widen the set")

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 MAX_PROBLEMS = 100  # of one file; a mistake made by a generator repeats a million times, and the first hundred suffice
 _MAX_QUOTED = 60
 _MAX_LISTED = 30
+_MAX_COMPARED_WORDS = 500
 _MAX_COMPARED = 60  # longer words are not a slip of the finger, and comparing them costs length times length
 
 
@@ -21,12 +22,13 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     if len(word) > _MAX_COMPARED:
         return None
     asked = _bare(word)
+    words = sorted(known)
+    if len(words) > _MAX_COMPARED_WORDS:  # a cloud has thousands of tags; a slip in the first letters is rare
+        words = [candidate for candidate in words if _bare(candidate)[:2] == asked[:2]]
     found, best = None, max(len(asked) // 3, min(2, len(asked) // 2)) + 1
-    for candidate in sorted(known):
-        if (
-            abs(len(candidate) - len(word)) <= best + 2
-            and (distance := _distance(asked, _bare(candidate), best)) < best
-        ):
+    for candidate in words:
+        bare = _bare(candidate)
+        if abs(len(bare) - len(asked)) < best and (distance := _distance(asked, bare, best)) < best:
             found, best = candidate, distance
     return found
 

@@ -105,15 +105,18 @@ def _network(node: Node, scope: Scope, text: str) -> Network:
     raise scope.wrong(node, f"{quote(text)} is not an address or prefix", hint)
 
 
-def read_tag(node: Node, scope: Scope) -> str:
-    """The name of an imported service tag. Clouds spell one tag in several cases, so case does not count."""
+def _read_tag(node: Node, scope: Scope) -> tuple[str, tuple[Network, ...]]:
+    """An imported service tag and its prefixes."""
     text = read_text(node, scope)
-    if name := scope.tag_names.get(text.casefold()):
-        return name
+    networks = scope.tags.find(text) if scope.tags else ()
+    if networks is not None:
+        return text, networks
     if PARAMETER.search(text):
         hint = _ONLY_IN_SETS
+    elif scope.tags and (names := scope.tags.names()):
+        hint = did_you_mean(text, names)
     else:
-        hint = did_you_mean(text, scope.tags) if scope.tags else "import the cloud's published file with --tags FILE"
+        hint = "import the cloud's published file with --tags FILE"
     raise scope.wrong(node, f"unknown service tag {quote(text)}", hint)
 
 
@@ -201,7 +204,7 @@ NETWORK = Shape(
     read_network, {"type": "string", "pattern": r"^(?:[0-9A-Fa-f:.]+(?:/[0-9]{1,3})?|<[A-Za-z][A-Za-z0-9]*>.*)$"}
 )
 NETWORKS = listing(NETWORK, least=1, single=True)
-TAG = Shape(read_tag, {"type": "string", "minLength": 1})
+TAG = Shape(_read_tag, {"type": "string", "minLength": 1})
 DESTINATION_SCHEMA = {
     "type": "string",
     "pattern": rf"^(?:\[[^\[\]]+\]|[^\s:*\[\]]+):(?:{_PORTS_SCHEMA})$",

@@ -1,32 +1,31 @@
-"""One accepted connection from its first byte to its end: peek, ask for the verdict, then deny, pass through or hand over.
+"""One accepted connection from its first byte to its end: peek, ask for the verdict, then deny, carry or hand over.
 
-It reads nothing of what it lets pass: the hello is peeked and stays in the kernel's queue for the upstream or inspector.
+It takes no byte of what it lets pass: the hello is peeked and stays in the kernel's queue for the next reader.
 """
 
 from __future__ import annotations
 
-import asyncio
 import socket
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from ipaddress import IPv4Address
+from math import inf
 
 from addons.answers import answer
 from addons.judge import BAD_GATEWAY, FORBIDDEN, Judgement
 from policies.engine import Expect
 from policies.hostnames import Hostname, MalformedName, parse_hostname
-from policies.model import Action, Address, Attempt, Dial, Reason, Stage, Tls, Verdict
-from proxy import dialer
+from policies.model import UNKNOWN, Action, Address, Attempt, Reason, Stage, Tls, Verdict
 from proxy.epoll import IN, ONESHOT, RDHUP, Epoll
+from proxy.flow import Exit, Flow
+from proxy.inspector.handover import Handover
 from proxy.limits import Limits
-from proxy.original_dst import Destination, OriginalDst
+from proxy.original_dst import Destination, OriginalDst, local_dst, parse_address
 from proxy.record import Peer, Record, Sink, new_id, record_of
-from proxy.relays.stream import End, Pipes, StreamRelay, reset
-from proxy.resolver import NameNotFound, Resolution, ResolverFailed
+from proxy.relays.stream import End, reset
 from proxy.wire.client_hello import (
     Alert,
-    ClientHello,
     First,
     HelloTooLarge,
     MalformedHello,
@@ -37,7 +36,9 @@ from proxy.wire.client_hello import (
 )
 
 _FIRST_BYTES = IN | RDHUP | ONESHOT  # one event, then silence while the verdict is carried out
-_REST_S = 0.25  # woken with less than asked for (the kernel is short of memory for this queue): look again after it
+_REST_S = 0.25  # woken with less than asked for (the kernel ran short of memory for this queue): look again after it
+_DISCARD = 1 << 16
+_NOT_KNOWN: Destination = (IPv4Address(0), 0)
 
 _ALERTS = {
     Reason.MALFORMED_HELLO: Alert.DECODE_ERROR,
@@ -49,4 +50,347 @@ _ALERTS = {
     Reason.UPSTREAM_FAILED: Alert.INTERNAL_ERROR,
     Reason.GATE_FAILED: Alert.INTERNAL_ERROR,
 }
-_UNANSWERED = frozenset({Reason.CLIENT_GONE, Reason.HELLO_TIMEOUT})
+_UNANSWERED = frozenset({Reason.CLIENT_GONE, Reason.HELLO_TIMEOUT, Reason.TOO_MANY_CONNECTIONS})
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a connection may ask. `Listener` says what each is; `over` is called once for each connection."""
+
+    epoll: Epoll
+    exit: Exit
+    limits: Limits
+    original_dst: OriginalDst
+    identify: Callable[[Address], str]
+    expect: Callable[[str, int], Expect]
+    carries_plain: Callable[[str, int], bool]
+    decide: Callable[[Attempt], Verdict]
+    names_of: Callable[[str, Address], tuple[Hostname, ...]]
+    inspect: Callable[[socket.socket, Handover], None] | None
+    record: Sink
+    clock: Callable[[], float]
+    over: Callable[[Connection], None]
+
+
+class Connection:
+    """Owns its socket until it is over: closed or given away. Writes one decision record, unless the inspector does."""
+
+    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_gate", "_give_up", "_is_resting", "_left", "_opened",
+                 "_wanted", "deadline", "destination", "fd", "is_over", "peer", "sock", "source",
+                 "workload")  # fmt: skip
+
+    def __init__(self, gate: Gate, sock: socket.socket, peer: Peer) -> None:
+        self._gate = gate
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.peer = self.source = peer
+        self.destination: Destination = _NOT_KNOWN
+        self.workload = UNKNOWN
+        self.is_over = False
+        self.deadline = self._give_up = inf
+        self._opened = gate.clock()
+        self._attempt: Attempt | None = None
+        self._expect = Expect.PEEK
+        self._first: First | None = None
+        self._wanted = 1  # bytes the kernel is asked to wait for
+        self._is_resting = False
+        self._left = -1  # bytes it may still send for us to throw away; negative unless it was denied
+        self._flow: Flow | None = None
+
+    # --- the first bytes ---
+
+    def open(self) -> None:
+        """Begin: wait for the first bytes, or judge at once where the server may speak first."""
+        gate, limits = self._gate, self._gate.limits
+        if not self._identify():
+            self._judge(Stage.TCP, fault=Reason.NEVER_REACHED)
+            return
+        self._expect = gate.expect(self.workload, self.destination[1])
+        if self._expect is Expect.OPAQUE:
+            self._judge_opaque()
+            return
+        self._give_up = gate.epoll.now + limits.hello_s
+        self.deadline = gate.epoll.now + limits.silence_s if self._expect is Expect.EITHER else self._give_up
+        gate.epoll.watch(self)
+        gate.epoll.put(self.fd, _FIRST_BYTES, self._peek, self.failed)
+
+    def refuse(self, reason: Reason) -> None:
+        """Deny it for a reason that does not lie in what it attempts."""
+        self._identify()
+        self._judge(Stage.TCP, fault=reason)
+
+    def _identify(self) -> bool:
+        """Find out who it is and where it was going. False: it was made to the gate itself."""
+        self.sock.setblocking(False)
+        address = parse_address(self.peer[0])
+        if self.sock.family == socket.AF_INET6:
+            self.source = str(address), self.peer[1]
+        self.workload = self._gate.identify(address)
+        found = self._gate.original_dst(self.sock)
+        self.destination = found or local_dst(self.sock)
+        return found is not None
+
+    def _peek(self, events: int) -> None:
+        try:
+            data = self.sock.recv(self._gate.limits.max_hello, socket.MSG_PEEK)
+        except BlockingIOError:
+            self._wait(self._wanted, events)
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._judge(Stage.TCP, fault=Reason.CLIENT_GONE)
+            return
+        if self._first is None:
+            self._first = classify_first(data)
+        if self._first is First.TLS:
+            self._judge_tls(data, events)
+        elif self._first is First.HTTP:
+            self._judge_plain()
+        elif self._first is First.OTHER:
+            self._judge_opaque()
+        else:
+            self._wait(len(data) + 1, events, len(data))
+
+    def _wait(self, wanted: int, events: int, have: int = 0) -> None:
+        """Sleep until `wanted` bytes are there, the client has gone, or the deadline has come."""
+        epoll = self._gate.epoll
+        if events & RDHUP:
+            self._judge(Stage.TLS if self._first is First.TLS else Stage.TCP, fault=Reason.CLIENT_GONE)
+            return
+        if have and self.deadline != self._give_up:  # not silent, so what it is must show
+            self.deadline = self._give_up
+        if 0 < have < self._wanted:
+            self._is_resting = True
+            self.deadline = min(epoll.now + _REST_S, self._give_up)
+            epoll.watch(self)
+            return
+        if wanted != self._wanted:
+            self._wanted = wanted  # level-triggered epoll would report the bytes we leave in the queue for ever
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
+        epoll.change(self.fd, _FIRST_BYTES)
+
+    def expired(self) -> None:
+        if self._left >= 0:
+            self._close(resetting=True)
+        elif self._gate.epoll.now >= self._give_up:
+            self._judge(Stage.TLS if self._first is First.TLS else Stage.TCP, fault=Reason.HELLO_TIMEOUT)
+        elif self._is_resting:
+            self._is_resting = False
+            self.deadline = self._give_up
+            self._gate.epoll.watch(self)
+            self._gate.epoll.change(self.fd, _FIRST_BYTES)
+        else:  # silent: it waits for the server to speak
+            self._gate.epoll.remove(self.fd)
+            self._judge_opaque()
+
+    # --- the verdict ---
+
+    def _judge_tls(self, data: bytes, events: int) -> None:
+        limit = self._gate.limits.max_hello
+        try:
+            hello = parse_hello(data, limit)
+        except MalformedHello as error:
+            too_large = isinstance(error, HelloTooLarge)
+            self._judge(Stage.TLS, fault=Reason.HELLO_TOO_LARGE if too_large else Reason.MALFORMED_HELLO)
+            return
+        if hello is None:
+            self._wait(needs(data, limit), events, len(data))
+            return
+        host, fault = None, None
+        if hello.sni is not None:
+            try:
+                host = parse_hostname(hello.sni)
+            except MalformedName:
+                fault = Reason.MALFORMED_NAME
+        self._judge(Stage.TLS, host=host, ech=hello.ech, fault=fault)
+
+    def _judge_plain(self) -> None:
+        """A request without TLS: the inspector judges it by Host and path; on a port for TLS it is refused here."""
+        if self._gate.carries_plain(self.workload, self.destination[1]):
+            self._hand_over(None, plain=True)
+        elif self._expect is Expect.EITHER:
+            self._judge_opaque()
+        else:
+            self._judge(Stage.HTTP, plain=True, fault=Reason.WRONG_PROTOCOL)
+
+    def _judge_opaque(self) -> None:
+        self._judge(Stage.TCP)
+
+    def _judge(
+        self,
+        stage: Stage,
+        *,
+        host: Hostname | None = None,
+        ech: bool = False,
+        plain: bool = False,
+        fault: Reason | None = None,
+    ) -> None:
+        """Ask for the verdict and carry it out. Nothing has been looked up or dialled before."""
+        gate = self._gate
+        address, port = self.destination
+        names: tuple[Hostname, ...] = ()
+        if fault is None and (host is None or self._expect is not Expect.PEEK):
+            names = gate.names_of(self.workload, address)
+        self._attempt = attempt = Attempt(
+            stage,
+            self.workload,
+            host,
+            port,
+            time=gate.clock(),
+            address=address,
+            names=names,
+            ech=ech,
+            plain=plain,
+            fault=fault,
+        )
+        if self._wanted > 1:
+            self._wanted = 1
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        verdict = gate.decide(attempt)
+        if not verdict.is_allow:
+            self._deny(verdict)
+        elif verdict.tls is Tls.INSPECT:
+            self._hand_over(host, plain=False)
+        else:
+            self._pass(attempt, verdict)
+
+    def _deny(self, verdict: Verdict) -> None:
+        """Record it, tell the client in its own protocol, close."""
+        id = new_id()
+        self._record(verdict, id)
+        reply = b"" if verdict.reason in _UNANSWERED else self._render_denial(verdict, id)
+        if not reply:
+            self._close(resetting=True)
+            return
+        try:
+            self.sock.recv(self._gate.limits.max_hello)  # bytes left in the queue would turn the close into a reset
+            self.sock.send(reply, socket.MSG_MORE)  # one segment with the FIN
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(resetting=True)
+            return
+        epoll = self._gate.epoll
+        self._left = self._gate.limits.max_linger
+        self.deadline = epoll.now + self._gate.limits.linger_s
+        epoll.watch(self)
+        epoll.put(self.fd, IN, self._linger, self.failed)
+
+    def _render_denial(self, verdict: Verdict, id: str) -> bytes:
+        if self._first is First.TLS:
+            return render_alert(_ALERTS.get(verdict.reason, Alert.ACCESS_DENIED))
+        if self._first is First.HTTP and self._attempt is not None:
+            status = BAD_GATEWAY if verdict.reason in _ALERTS else FORBIDDEN
+            return answer(Judgement(id, self._attempt, verdict, status), closes=True).to_bytes()
+        return b""
+
+    def _linger(self, _events: int) -> None:
+        """Throw away what a denied client still sends until it closes: a reset could overtake the answer."""
+        try:
+            data = self.sock.recv(_DISCARD)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        self._left -= len(data)
+        if not data or self._left < 0:
+            self._close(resetting=self._left < 0)
+
+    # --- what is allowed ---
+
+    def _hand_over(self, host: Hostname | None, *, plain: bool) -> None:
+        """Give the socket to the inspector, which judges every request and writes the records."""
+        gate = self._gate
+        address, port = self.destination
+        if gate.inspect is None:
+            self._judge(Stage.HTTP if plain else Stage.TLS, host=host, plain=plain, fault=Reason.GATE_FAILED)
+            return
+        handover = Handover(
+            id=new_id(),
+            workload=self.workload,
+            host=host,
+            port=port,
+            plain=plain,
+            source=self.source,
+            destination=(str(address), port),
+            opened=self._opened,
+        )
+        gate.epoll.unwatch(self)
+        gate.epoll.remove(self.fd)
+        gate.inspect(self.sock, handover)
+        self.is_over = True
+        gate.over(self)
+
+    def _pass(self, attempt: Attempt, verdict: Verdict) -> None:
+        gate = self._gate
+        gate.epoll.unwatch(self)
+        self._flow = Flow(
+            gate.exit,
+            self.sock,
+            self.destination,
+            verdict,
+            denied=self._deny,
+            ended=partial(self._ended, verdict),
+            failed=self.failed,
+        )
+        self._flow.start(verdict.host or attempt.host)
+
+    def _ended(self, verdict: Verdict, how: End) -> None:
+        """The flow is over and both sockets are closed."""
+        self.is_over = True
+        self._gate.over(self)
+        self._record(verdict, new_id(), self._flow, how)
+
+    # --- the end ---
+
+    def abort(self) -> None:
+        """Close it now, whatever it is doing; the gate is stopping."""
+        if self._flow is not None and self._left < 0:
+            self._flow.cancel()
+        if self._left >= 0:
+            self._close(resetting=True)
+        elif not self.is_over:
+            self._fail()
+
+    def failed(self, error: Exception) -> None:
+        """A callback crashed: this connection is closed and recorded, no other is touched."""
+        if not self.is_over:
+            self._fail()
+
+    def _fail(self) -> None:
+        self._close(resetting=True)
+        self._record(Verdict(Action.DENY, Reason.GATE_FAILED, Stage.TCP), new_id())
+
+    def _close(self, *, resetting: bool) -> None:
+        gate = self._gate
+        self.is_over = True
+        gate.epoll.unwatch(self)
+        gate.epoll.forget(self.fd)
+        if self._flow is not None:
+            self._flow.cancel()
+        if resetting:
+            reset(self.sock)
+        else:
+            self.sock.close()
+        gate.over(self)
+
+    def _record(self, verdict: Verdict, id: str, flow: Flow | None = None, how: End = End.CLOSED) -> None:
+        address, port = self.destination
+        extra: Record = {}
+        if flow is not None:
+            extra = {"upstream.address": str(flow.upstream[0]), "upstream.port": flow.upstream[1]}
+        if how is not End.CLOSED:
+            extra["flow.end"] = how.value
+        self._gate.record(
+            record_of(
+                self._attempt or Attempt(verdict.stage, self.workload, port=port, address=address),
+                verdict,
+                id=id,
+                source=self.source,
+                destination=(str(address), port),
+                started=self._opened if flow else None,
+                bytes_sent=flow.sent if flow else None,
+                bytes_received=flow.received if flow else None,
+                extra=extra,
+            )
+        )

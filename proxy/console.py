@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # its import costs 50 ms, so only a terminal pays for it
     import rich.console
     import rich.text
 
+    from policies.errors import Problem
+
 
 class Style(StrEnum):
     GOOD = "bold green"
@@ -31,17 +33,6 @@ type Span = str | tuple[str, Style]
 type Cell = Span | list[Span]
 
 GAP = 2  # columns between cells
-
-
-class Stop(click.ClickException):
-    """The end of a command: one line on stderr that says what is wrong and the repair, and the exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def show(self, file: object = None) -> None:
-        Console(sys.stderr).line(("outgate: ", Style.BAD), self.message)
 
 
 class Console:
@@ -60,8 +51,12 @@ class Console:
 
         self._rich.print(Padding(_text(spans), (0, 0, 0, indent), expand=False))
 
+    def blank(self) -> None:
+        self._print("")
+
     def rows(self, rows: Iterable[Sequence[Cell]], *, indent: int = 0) -> None:
-        """Rows with aligned columns. On a terminal the last column is the one that wraps."""
+        """Rows with aligned columns. On a terminal the last column is the one that wraps; where it is all dim, an
+        aside, it is cut instead."""
         cells = [[_spans(cell) for cell in row] for row in rows]
         if not cells:
             return
@@ -76,7 +71,10 @@ class Console:
         for column in range(columns):
             table.add_column(no_wrap=column < columns - 1, overflow="fold")
         for row in cells:
-            table.add_row(*map(_text, row))
+            texts = [_text(spans) for spans in row]
+            if all(not isinstance(span, str) and span[1] is Style.DIM for span in row[-1]):
+                texts[-1].no_wrap, texts[-1].overflow = True, "ellipsis"
+            table.add_row(*texts)
         self._rich.print(Padding(table, (0, 0, 0, indent), expand=False))
 
     def code(self, lines: Iterable[str], *, indent: int = 0) -> None:
@@ -87,9 +85,21 @@ class Console:
             else:
                 self._rich.print(_text([(" " * indent + line, Style.CODE)]), soft_wrap=True)
 
+    def problem(self, problem: Problem, level: str, style: Style) -> None:
+        """`file:line:column: level: message; repair`, one line into a pipe; on a terminal the repair has its own."""
+        place = problem.place
+        where = (f"{place.file}:{place.line}:{place.column}: ", Style.STRONG)
+        if self._rich is None:
+            repair = f"; {problem.hint}" if problem.hint else ""
+            self.line(where, level, f": {problem.message}{repair}")
+            return
+        self.line(where, (level, style), f": {problem.message}")
+        if problem.hint:
+            self.line((problem.hint, Style.DIM), indent=4)
+
     def json(self, value: object) -> None:
         """One JSON document, for machines; the same on a terminal."""
-        self._print(json.dumps(value, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(value, indent=2), file=self._stream)
 
     def _print_columns(self, cells: list[list[list[Span]]], indent: int) -> None:
         texts = [["".join(map(_plain, spans)) for spans in row] for row in cells]
@@ -103,7 +113,9 @@ class Console:
 
 
 def stop(message: str, exit_code: int) -> NoReturn:
-    raise Stop(message, exit_code)
+    """The end of a command: one line on stderr that says what is wrong and the repair."""
+    Console(sys.stderr).line(("outgate: ", Style.BAD), message)
+    raise SystemExit(exit_code)
 
 
 def _terminal(stream: TextIO) -> rich.console.Console | None:
@@ -133,4 +145,4 @@ def _text(spans: Iterable[Span]) -> rich.text.Text:
 
 def _printable(text: str) -> str:
     """A name or path from outside must not move the cursor, recolour the screen or forge a line of the report."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,16 +1,18 @@
-"""Writes decision records: JSON lines, or one readable line each on a terminal. It decides nothing and never blocks a caller.
+"""Writes decision records: JSON lines, or one readable line each on a terminal. It never blocks a caller.
 
-Records are queued and written by one thread. The queue is bounded: when the disk or the reader of a pipe stalls, further
-records are counted and the count is written as soon as there is room, so that a gap in the log is itself in the log.
+Records are queued and written by one thread, in batches. The queue is bounded: when the disk or the reader of a pipe
+stalls, further records are counted and the count is written as soon as there is room: a gap in the log is in the log.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import suppress
 from typing import IO, Any
 
 import orjson
@@ -20,6 +22,8 @@ from proxy.record import Record
 
 QUEUE_LIMIT = 65536  # a log that stalls must not grow our memory
 BATCH = 512
+GATHER_S = 0.02
+CLOSE_S = 5.0
 
 _GREEN, _RED, _YELLOW, _DIM, _PLAIN = "\033[32m", "\033[31m", "\033[33m", "\033[2m", "\033[0m"
 
@@ -27,10 +31,21 @@ _GREEN, _RED, _YELLOW, _DIM, _PLAIN = "\033[32m", "\033[31m", "\033[33m", "\033[
 class DecisionLog:
     """A sink for records, backed by one writer thread. `close()` writes what is queued and joins it."""
 
-    def __init__(self, stream: IO[str], *, pretty: bool = False, colour: bool = False, generation: str = "") -> None:
+    def __init__(
+        self,
+        stream: IO[str],
+        *,
+        pretty: bool = False,
+        colour: bool = False,
+        generation: str = "",
+        closes_stream: bool = False,
+    ) -> None:
         self._stream = stream
+        self._closes_stream = closes_stream
         self._generation = generation
-        self._queue: queue.Queue[Record | None] = queue.Queue(QUEUE_LIMIT)
+        self._queue: deque[Record] = deque()
+        self._wake = threading.Event()
+        self._is_closing = False
         self.lost = 0
         renderer = _Pretty(colour) if pretty else _json
         self._render: Callable[[Record], str] = structlog.wrap_logger(
@@ -42,33 +57,45 @@ class DecisionLog:
     def __call__(self, record: Record) -> None:
         if self._generation:
             record["policy.generation"] = self._generation
-        try:
-            self._queue.put_nowait(record)
-        except queue.Full:
+        if len(self._queue) >= QUEUE_LIMIT:
             self.lost += 1
+            return
+        self._queue.append(record)
+        if not self._wake.is_set():
+            self._wake.set()
 
     def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join(timeout=5)
+        """Write what is queued, then stop. Waits at most CLOSE_S for a stream that stalls."""
+        self._is_closing = True
+        self._wake.set()
+        self._thread.join(timeout=CLOSE_S)
+        if self._closes_stream and not self._thread.is_alive():
+            with suppress(OSError):  # a full disk, counted already
+                self._stream.close()
 
     def _write(self) -> None:
-        while True:
-            batch = [self._queue.get()]
-            while len(batch) < BATCH and batch[-1] is not None:
-                try:
-                    batch.append(self._queue.get_nowait())
-                except queue.Empty:
-                    break
-            lines = [self._render(record) for record in batch if record is not None]
+        is_last = False
+        while not is_last:
+            self._wake.wait()
+            if not self._is_closing:
+                time.sleep(GATHER_S)  # a thread woken for each record would cost more than the record
+            self._wake.clear()
+            is_last = self._is_closing  # after `clear`: a close that it wiped out is seen here
+            self._write_queued()
+
+    def _write_queued(self) -> None:
+        while self._queue or self.lost:
+            lines = []
             if self.lost:
                 lost, self.lost = self.lost, 0
                 lines.append(self._render({"event": "records_lost", "count": lost}))
+            while self._queue and len(lines) < BATCH:
+                lines.append(self._render(self._queue.popleft()))
             try:
                 self._stream.write("".join(line + "\n" for line in lines))
                 self._stream.flush()
             except (OSError, ValueError):  # the reader is gone, the disk is full or the stream is closed
                 self.lost += len(lines)
-            if batch[-1] is None:
                 return
 
 
@@ -138,5 +165,9 @@ def open_log(target: str | None, *, generation: str = "", default: IO[str] | Non
         stream = open(target, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the gate
     terminal = stream.isatty()
     return DecisionLog(
-        stream, pretty=terminal, colour=terminal and not os.environ.get("NO_COLOR"), generation=generation
+        stream,
+        pretty=terminal,
+        colour=terminal and not os.environ.get("NO_COLOR"),
+        generation=generation,
+        closes_stream=target not in (None, "-"),
     )

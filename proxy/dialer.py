@@ -117,7 +117,11 @@ class Dial:
     def succeeded(self, won: _Try) -> None:
         self._tries.remove(won)
         self.cancel()
-        self._connected(won.sock, won.address)
+        try:
+            self._connected(won.sock, won.address)
+        except Exception:
+            won.close()
+            raise
 
     def lost(self, tried: _Try, number: int) -> None:
         self._tries.remove(tried)

@@ -107,7 +107,7 @@ class Epoll:
                 try:
                     entry[0](events)
                 except Exception as error:
-                    self._contain(entry[1], error)
+                    self.contain(entry[1], error)
                     self._drop(fd, entry)
             if self._epoll.closed:
                 return
@@ -120,7 +120,8 @@ class Epoll:
             except OSError:  # closed already
                 pass
 
-    def _contain(self, failed: Failed, error: Exception) -> None:
+    def contain(self, failed: Failed, error: Exception) -> None:
+        """Tell the owner of a callback that it crashed, and whoever reports crashes."""
         try:
             failed(error)
         except Exception as second:
@@ -165,5 +166,5 @@ class Epoll:
                 try:
                     who.expired()
                 except Exception as error:
-                    self._contain(who.failed, error)
+                    self.contain(who.failed, error)
         self._timer = self._loop.call_later(TICK_S, self._tick) if self._bucket_of else None

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from policies.addresses import Address
 from policies.hostnames import Hostname, MalformedName, parse_hostname
-from policies.model import Address
 
 type Nameserver = tuple[str, int]  # address as text (`fe80::1%eth0` with its interface) and port
 
@@ -109,8 +109,10 @@ def _lines(path: str) -> Iterator[list[str]]:
 
 def _split_port(target: str) -> tuple[str, str | None]:
     if target.startswith("["):
-        address, _, rest = target[1:].partition("]")
-        return (address, rest[1:]) if rest.startswith(":") else (address + rest, None)
+        address, closing, rest = target[1:].partition("]")
+        if rest.startswith(":"):
+            return address, rest[1:]
+        return (address if closing and not rest else target), None
     if target.count(":") == 1:
         address, _, port = target.partition(":")
         return address, port

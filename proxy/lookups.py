@@ -6,8 +6,8 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
+from policies.addresses import Address
 from policies.hostnames import Hostname
-from policies.model import Address
 
 MAX_NAMES = 16  # per address; thousands of names share a CDN's, and the newest are the ones meant
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from policies.model import Address
 
 type Destination = tuple[Address, int]
+type OriginalDst = Callable[[socket.socket], Destination | None]
 
 _SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h, and IP6T_SO_ORIGINAL_DST in netfilter_ipv6/ip6_tables.h
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")

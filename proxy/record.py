@@ -18,7 +18,7 @@ type Record = dict[str, object]
 type Sink = Callable[[Record], None]
 type Peer = tuple[str, int]
 
-# Same value, same hash, within one run of the gate: enough to see that a query repeats, useless to whoever reads the log.
+# Same value, same hash, within one run of the gate: shows that a query repeats, and is useless to a reader of the log.
 _QUERY_KEY = os.urandom(32)
 
 

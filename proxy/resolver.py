@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
+from policies.addresses import Address
 from policies.hostnames import Hostname
-from policies.model import Address
 from proxy.hosts import HostsEntry, Nameserver
 from proxy.wire.dns import (
     AAAA,
@@ -30,7 +30,7 @@ from proxy.wire.dns import (
     parse_response,
 )
 
-MAX_STRAYS = 8  # datagrams that are not our answer; more is somebody guessing ids, and TCP ends that (RFC 5452 4.5)
+MAX_STRAYS = 8  # datagrams that are not our answer; more is somebody guessing ids, and TCP ends that (RFC 5452 9.3)
 MAX_ADDRESSES = 256  # of one name and type; nobody dials more, and an answer must not grow our memory
 RESOLUTION_DELAY_S = 0.3  # how long an answer of one family waits for the other (RFC 8305 3 has 50 ms, for A alone)
 PARTIAL_TTL_S = 30  # an answer with one family missing is asked anew soon
@@ -153,12 +153,11 @@ class Resolver:
         self._known.move_to_end(name)
         return entry
 
-    def _remember[E: (Resolution, _Absent)](self, name: Hostname, entry: E) -> E:
+    def _remember(self, name: Hostname, entry: Resolution | _Absent) -> None:
         self._known[name] = entry
         self._known.move_to_end(name)
         while len(self._known) > self._max_entries:
             self._known.popitem(last=False)
-        return entry
 
     async def _look_up(self, name: Hostname) -> Resolution:
         answers, faults = await self._ask_both(name)
@@ -168,7 +167,9 @@ class Resolver:
             if len(answers) < 2:
                 ttl_s = min(ttl_s, PARTIAL_TTL_S)
             addresses = tuple(address for answer in found for address in answer.addresses[:MAX_ADDRESSES])
-            return self._remember(name, Resolution(addresses, self._expires(ttl_s)))
+            resolution = Resolution(addresses, self._expires(ttl_s))
+            self._remember(name, resolution)
+            return resolution
         exists = all(answer.rcode != Rcode.NXDOMAIN for answer in answers)
         if exists and len(answers) < 2:  # a family nobody told us about may have addresses
             raise ResolverFailed(name, faults)
@@ -215,6 +216,8 @@ class Resolver:
             answer = await _ask_udp(nameserver, name, qtype)
             if answer is None or answer.truncated:
                 answer = await _ask_tcp(nameserver, name, qtype)
+        if answer.truncated:  # else its emptiness would read as an absence
+            raise MalformedResponse("truncated over TCP")
         return answer
 
 
@@ -248,8 +251,8 @@ def _open(
 async def _ask_udp(nameserver: Nameserver, name: Hostname, qtype: int) -> Answer | None:
     """The answer, or None when so much arrived that was none that only TCP can be believed.
 
-    RFC 5452 9: a fresh socket has a fresh random port, the id is random, and a connected socket takes datagrams from
-    this server alone; so an off-path forger has to guess both. What does not fit is passed over, never believed.
+    RFC 5452 9.1 and 9.2: a fresh socket has a fresh random port, the id is random, and a connected socket takes
+    datagrams from this server alone; so an off-path forger has to guess both. What does not fit is passed over.
     """
     loop = asyncio.get_running_loop()
     query_id = secrets.randbelow(1 << 16)

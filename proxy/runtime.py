@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from policies.engine import admit, carries_plain, decide, expect, identify
 from policies.hostnames import Hostname
 from policies.index import Policy
-from policies.load import Source
-from policies.model import Address, Attempt, Stage, Verdict
+from policies.model import UNKNOWN, Action, Address, Attempt, Reason, Stage, Verdict
 from proxy.epoll import Epoll
-from proxy.hosts import HostsEntry, Nameserver, read_hosts_file, system_nameservers, system_search
-from proxy.inspector import Inspector
+from proxy.hosts import DNS_PORT, HostsEntry, Nameserver, read_hosts_file, system_nameservers, system_search
+from proxy.inspector import Configuration, Inspector
 from proxy.limits import Limits
-from proxy.listener import Listener, OriginalDst
+from proxy.listener import Listener
 from proxy.lookups import Lookups
-from proxy.record import Record, Sink, new_id, record_of
+from proxy.original_dst import OriginalDst
+from proxy.record import Sink, new_id, record_of
 from proxy.relays.dns import DnsRelay
 from proxy.resolver import Resolver
+from proxy.sandbox import ClosedPorts, Sandbox
 
 if TYPE_CHECKING:
-    from pki.authority import Issuing
+    from policies.tree import Source
+
+NTP_PORT = 123
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +39,139 @@ class Settings:
     """What the operator says besides the policy.
 
     workload     every connection is this workload's; None: as its source address says
-    issuing      what signs leaves; None: a policy that inspects nothing
+    issuing      what signs leaves, as PEM (certificate, chain, key); None: the policy inspects nothing
+    sources      the policy's own text, from which the inspector reads the same policy
+    tags         paths of service-tag files
     upstream_ca  path of the roots that upstreams are verified against; None: the system's
+    nameservers  None: the system's
     """
 
     workload: str | None = None
-    issuing: Issuing | None = None
+    issuing: str | None = field(default=None, repr=False)
+    sources: Sequence[Source] = ()
+    tags: Sequence[str] = ()
     hosts: Mapping[Hostname, HostsEntry] = field(default_factory=dict)
-    nameservers: Sequence[Nameserver] | None = None
     upstream_ca: str | None = None
+    nameservers: Sequence[Nameserver] | None = None
     limits: Limits = field(default_factory=Limits)
+
+
+class Gate:
+    """The parts of one gate. Made on a running asyncio loop; `close` ends every flow."""
+
+    def __init__(self, policy: Policy, settings: Settings, *, original_dst: OriginalDst, record: Sink) -> None:
+        self._settings = settings
+        self._policy = policy
+        self._record = record
+        self._lookups = Lookups()
+        self._decide = partial(decide, policy)
+        nameservers = system_nameservers() if settings.nameservers is None else settings.nameservers
+        system_hosts = read_hosts_file()
+        self._resolver = Resolver(settings.hosts, nameservers, system_hosts=system_hosts)
+        self._inspector = _inspector(settings, nameservers, system_hosts, record)
+        self._epoll = Epoll(_report_crash)
+        self._listener = Listener(
+            self._epoll,
+            original_dst=original_dst,
+            identify=self._identify,
+            expect=partial(expect, policy),
+            carries_plain=partial(carries_plain, policy),
+            decide=self._decide,
+            admit=admit,
+            names_of=self._lookups.names_of,
+            resolver=self._resolver,
+            inspect=self._inspector.inspect if self._inspector else None,
+            record=record,
+            clock=time.time,
+            limits=settings.limits,
+        )
+        self._dns = DnsRelay(
+            self._decide,
+            self._resolver,
+            self._lookups,
+            record,
+            workload=self._identify,
+            search=system_search(),
+        )
+        self._dns_tasks: list[asyncio.Task[None]] = []
+        self._closed_ports: ClosedPorts | None = None
+
+    def listen(self, sock: socket.socket) -> None:
+        """Serve a listening TCP socket, which is the gate's from now on."""
+        self._listener.serve(sock)
+
+    def welcome(self, sock: socket.socket, peer: tuple[str, int]) -> None:
+        """Serve one connection that somebody else accepted."""
+        self._listener.welcome(sock, peer)
+
+    def enter(self, sandbox: Sandbox) -> None:
+        """Serve what a sandbox bound inside: DNS on port 53, else TCP; and hear of the ports nobody serves."""
+        for bound in sandbox.sockets:
+            if bound.port != DNS_PORT:
+                self.listen(bound.socket)
+                continue
+            serve = self._dns.serve_udp if bound.kind == "udp" else self._dns.serve_tcp
+            self._dns_tasks.append(asyncio.create_task(serve(bound.socket)))
+        self._closed_ports = ClosedPorts(sandbox.packets, self._note_closed_port, asyncio.get_running_loop())
+
+    async def close(self) -> None:
+        """End every flow; their records are written by then, but for those of the inspector's."""
+        if self._closed_ports:
+            self._closed_ports.close()
+        for task in self._dns_tasks:
+            task.cancel()
+        await asyncio.gather(*self._dns_tasks, return_exceptions=True)
+        self._listener.close()
+        self._epoll.close()
+        if self._inspector:
+            self._inspector.close()
+        await self._resolver.close()
+
+    def _identify(self, address: Address) -> str:
+        return self._settings.workload or identify(self._policy, address)
+
+    def _note_closed_port(self, protocol: str, address: Address, port: int) -> None:
+        """The kernel has refused it already; the verdict says whether a rule names it that this gate does not carry."""
+        workload = self._settings.workload or UNKNOWN
+        attempt = Attempt(
+            Stage.NTP if (protocol, port) == ("udp", NTP_PORT) else Stage(protocol),
+            workload,
+            port=port,
+            time=time.time(),
+            address=address,
+            names=self._lookups.names_of(workload, address),
+        )
+        verdict = self._decide(attempt)
+        if verdict.is_allow:
+            verdict = Verdict(Action.DENY, Reason.NOT_SERVED, attempt.stage, verdict.rule)
+        self._record(record_of(attempt, verdict, id=new_id(), destination=(str(address), port)))
+
+
+def _inspector(
+    settings: Settings,
+    nameservers: Sequence[Nameserver],
+    system_hosts: Mapping[Hostname, tuple[Address, ...]],
+    record: Sink,
+) -> Inspector | None:
+    if settings.issuing is None:
+        return None
+    hosts = [(name, tuple(map(str, entry.addresses)), entry.port) for name, entry in settings.hosts.items()]
+    return Inspector(
+        Configuration(
+            sources=tuple(settings.sources),
+            issuing=settings.issuing,
+            tags=tuple(settings.tags),
+            upstream_ca=settings.upstream_ca,
+            hosts=tuple(hosts),
+            system_hosts=tuple((name, tuple(map(str, found))) for name, found in system_hosts.items()),
+            nameservers=tuple(nameservers),
+        ),
+        record,
+    )
+
+
+def _report_crash(error: Exception) -> None:
+    """One connection was lost to a fault of ours: said, without its content."""
+    where = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    place = f" at {where.filename.rpartition('/')[2]}:{where.lineno}" if where else ""
+    print(f"outgate: a connection failed inside the gate: {type(error).__name__}{place}", file=sys.stderr)

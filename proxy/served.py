@@ -1,4 +1,4 @@
-"""Which parts of the policy language this gate does not serve yet. It refuses to start on what it would loosen by ignoring.
+"""Which parts of the policy language this gate does not serve yet. It starts on none that it would loosen by ignoring.
 
 A rule that is not served (ntp, udp) only leaves its port closed: a warning. A key that limits or widens another rule
 (budget, quic, upgrade, upstreamPool) or says who a source is would be wrong either way when ignored: refused by name.
@@ -14,12 +14,14 @@ from policies.model import AnyRule, HostRule, Stage, TransportRule, Workload
 
 
 def refused_keys(policy: Policy, workload: str | None) -> list[Problem]:
-    """Every key in force that this gate cannot serve. `workload`: only this one is asked for, and its `match` not at all."""
+    """Every key in force that this gate cannot serve. With `workload` only its rules count, and no `match`."""
     problems = []
     for one in _asked(policy, workload):
         if workload is None and one.match and not one.match.address:
             key = "kubernetes" if one.match.kubernetes else "user"
-            problems.append(Problem(one.match.place, f"match: {key} is not served by this gate yet", "use match: address, or -w"))
+            problems.append(
+                Problem(one.match.place, f"match: {key} is not served by this gate yet", "use match: address, or -w")
+            )
         problems += [
             Problem(rule.place, f"{key} is not served by this gate yet", "remove it, or wait for the release that does")
             for rule in one.rules

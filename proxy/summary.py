@@ -1,4 +1,4 @@
-"""What `outgate run` says when the command has ended: counts, and for each thing refused the lines that would admit it."""
+"""What `outgate run` says when the command has ended: counts, and the lines that would admit what was refused."""
 
 from __future__ import annotations
 
@@ -31,9 +31,11 @@ class Summary:
         if record["verdict"] == "allow" and not would_deny:
             self.allowed += record["stage"] != "dns"  # a lookup that is let through is no use of anything yet
             return
+        key = (describe(record), str(record["reason"]))
+        if record.get("dns.question.type") == "AAAA" and key in self._denials:
+            return  # one lookup to the program: both families are asked at once
         self.denied += not would_deny
         self.audited += would_deny
-        key = (describe(record), str(record["reason"]))
         if key in self._denials or len(self._denials) < MAX_REMEMBERED:
             self._denials[key] += 1
 
@@ -58,4 +60,8 @@ class Summary:
             return []
         if not explanation.edits:
             return [explanation.advice] if explanation.advice else []
-        return [line for edit in explanation.edits for line in (f"to allow it, {edit.where}", *(f"    {text}" for text in edit.lines))]
+        return [
+            line
+            for edit in explanation.edits
+            for line in (f"to allow it, {edit.where}", *(f"    {text}" for text in edit.lines))
+        ]

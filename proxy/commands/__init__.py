@@ -1,4 +1,4 @@
-"""The subcommands of `outgate`, one a module, and what they share: the policy option, loading, and how a rule is shown."""
+"""The subcommands of `outgate`, one a module, and what they share: the policy options, loading, a rule as JSON."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ YES, NO, USAGE, NOT_STARTED = 0, 1, 2, 3
 type Json = dict[str, object]
 
 
-def policy_option[F: Callable[..., Any]](command: F) -> F:  # click's own type of what it decorates
-    """`-p FILE`, repeatable: files merge."""
-    return click.option(
+def policy_options[F: Callable[..., Any]](command: F) -> F:  # Any: click's own type of what it decorates
+    """`-p FILE` and `--tags FILE`, both repeatable, as `paths` and `tags`."""
+    tags = click.option(
+        "--tags",
+        multiple=True,
+        envvar="OUTGATE_TAGS",
+        show_envvar=True,
+        type=click.Path(),
+        metavar="FILE",
+        help="Service tags as the cloud publishes them (Azure: ServiceTags_Public_DATE.json).",
+    )
+    paths = click.option(
         "-p",
         "--policy",
         "paths",
@@ -31,21 +40,22 @@ def policy_option[F: Callable[..., Any]](command: F) -> F:  # click's own type o
         type=click.Path(),
         metavar="FILE",
         help="Policy file; repeat to merge several.",
-    )(command)
+    )
+    return paths(tags(command))
 
 
-def load_policy(paths: Sequence[str], *, exit_code: int) -> Policy:
-    """The merged policy. What is wrong with it goes to stderr, a problem a line, and the command ends with `exit_code`."""
+def load_policy(paths: Sequence[str], tags: Sequence[str], *, exit_code: int) -> Policy:
+    """The merged policy. Its problems go to stderr, one a line, and the command ends with `exit_code`."""
     from policies.errors import PolicyError
-    from proxy.console import Console
+    from proxy.console import Console, Style
     from proxy.policy_files import read_policy
 
     try:
-        return read_policy(paths)
+        return read_policy(paths, tags=tags)
     except PolicyError as error:
         stderr = Console(sys.stderr)
         for problem in error.problems:
-            stderr.line(str(problem))
+            stderr.problem(problem, "error", Style.BAD)
         raise SystemExit(exit_code) from error
 
 

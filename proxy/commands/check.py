@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time as clock
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, YES, Json, policy_option, problem_json
+from proxy.commands import NO, YES, Json, policy_options, problem_json
 
 if TYPE_CHECKING:
     from policies.cases import CaseResult
@@ -29,7 +29,7 @@ Exit codes: 0 no errors; 1 errors, or with --strict warnings; 2 usage.
 JSON keys: ok workloads rules tests problems[file line column level code message repair]
   level is error, warning or note; rules counts those of used sets for each workload that uses them
 """
-ERROR, WARNING = "error", "warning"
+ERROR, WARNING, NOTE = "error", "warning", "note"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +42,11 @@ class Report:
 
 
 @click.command(epilog=EPILOG)
-@policy_option
+@policy_options
 @click.option("--strict", is_flag=True, help="Count warnings as errors.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def check(ctx: click.Context, paths: tuple[str, ...], strict: bool, as_json: bool) -> None:
+def check(ctx: click.Context, paths: tuple[str, ...], tags: tuple[str, ...], strict: bool, as_json: bool) -> None:
     """Load policy files, run their tests, and warn of what is risky.
 
     A rule that is expired or a test that fails is an error. Warned of: wildcards over suffixes that many tenants share,
@@ -59,7 +59,7 @@ def check(ctx: click.Context, paths: tuple[str, ...], strict: bool, as_json: boo
     policy = None
     results: tuple[CaseResult, ...] = ()
     try:
-        policy = read_policy(paths)
+        policy = read_policy(paths, tags=tags)
     except PolicyError as error:
         reports = [Report(ERROR, "load", problem) for problem in error.problems]
     else:
@@ -89,14 +89,11 @@ def _examine(policy: Policy) -> tuple[tuple[CaseResult, ...], list[Report]]:
 
 
 def _failure(result: CaseResult) -> Problem:
+    from policies.cases import outcome
     from policies.errors import Problem
-    from policies.explain import because
 
-    if result.verdict is None:
-        return Problem(result.place, f"the test of {result.test.workload} is no attempt: {result.error}")
-    words = f'test "{result.test.words}" of {result.test.workload}'
-    reason = because(result.steps) + (f": {result.verdict.rule}" if result.verdict.is_allow else "")
-    return Problem(result.place, f"{words} expects {result.expected}, got {result.got}: {reason}")
+    asked = f'{result.test.workload} must {result.expected} "{result.test.words}"'
+    return Problem(result.place, f"the test that {asked} fails: {outcome(result)}")
 
 
 def _show(console: Console, policy: Policy | None, results: Sequence[CaseResult], reports: Sequence[Report]) -> None:
@@ -104,17 +101,16 @@ def _show(console: Console, policy: Policy | None, results: Sequence[CaseResult]
 
     styles = {ERROR: Style.BAD, WARNING: Style.WARN}
     for report in reports:
-        where, _, rest = str(report.problem).partition(": ")
-        console.line((where, Style.STRONG), ": ", (report.level, styles.get(report.level, Style.DIM)), f": {rest}")
+        console.problem(report.problem, report.level, styles.get(report.level, Style.DIM))
     if policy is None:
         return
     levels = Counter(report.level for report in reports)
-    found = ", ".join(_counted(levels[level], level) for level in levels) or "no problems"
+    found = ", ".join(_counted(levels[level], level) for level in (ERROR, WARNING, NOTE) if levels[level])
     seen = ", ".join(
         [_counted(len(policy.workloads), "workload"), _counted(_rules(policy), "rule"), _counted(len(results), "test")]
     )
     style = Style.BAD if levels[ERROR] else Style.WARN if levels[WARNING] else Style.GOOD
-    console.line(f"{seen}: ", (found, style))
+    console.line(f"{seen}: ", (found or "no problems", style))
 
 
 def _counted(number: int, what: str) -> str:

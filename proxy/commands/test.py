@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time as clock
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, YES, Json, load_policy, policy_option, rule_json
+from proxy.commands import NO, YES, Json, load_policy, policy_options, rule_json
 
 if TYPE_CHECKING:
     from policies.cases import CaseResult
-    from proxy.console import Cell, Span
+    from proxy.console import Cell, Console
 
 EPILOG = """\b
 Example:
@@ -25,15 +26,15 @@ JSON keys: ok passed failed cases[file line workload attempt expected got ok rea
 
 
 @click.command(epilog=EPILOG)
-@policy_option
+@policy_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
-def test(ctx: click.Context, paths: tuple[str, ...], as_json: bool) -> None:
+def test(ctx: click.Context, paths: tuple[str, ...], tags: tuple[str, ...], as_json: bool) -> None:
     """Run the tests written in policy files.
 
     Each case is judged as enforcement would, also where the mode is audit.
     """
-    policy = load_policy(paths, exit_code=NO)
+    policy = load_policy(paths, tags, exit_code=NO)
 
     from policies.cases import run
     from proxy.console import Console, stop
@@ -47,42 +48,42 @@ def test(ctx: click.Context, paths: tuple[str, ...], as_json: bool) -> None:
     elif not results:
         stop("no tests to run; write some under tests: WORKLOAD: allow: and deny:", NO)
     else:
-        Console().rows(map(case_row, results))
-        Console().line("")
-        Console().line(count(results))
+        _show(Console(), results)
     ctx.exit(YES if ok else NO)
 
 
-def case_row(result: CaseResult) -> list[Cell]:
-    """One case: what was expected, and the rule that decided or what came instead."""
-    from policies.explain import because
+def _show(console: Console, results: Sequence[CaseResult]) -> None:
     from proxy.console import Style
 
-    words = [result.test.workload, str(result.expected), result.test.words]
-    if result.verdict is None:
-        return [("FAIL", Style.BAD), *words, f"{result.place}: {result.error}"]
-    if not result.is_pass:
-        why = f"{result.place}: got {result.got}, {because(result.steps)}"
-        return [("FAIL", Style.BAD), *words, why + (f": {result.verdict.rule}" if result.verdict.is_allow else "")]
-    return [("ok", Style.GOOD), *words, (_decider(result), Style.DIM)]
-
-
-def count(results: Sequence[CaseResult]) -> Span:
-    """`9 passed`, or `1 failed, 8 passed`."""
-    from proxy.console import Style
-
+    for (workload, file), cases in groupby(results, key=lambda result: (result.test.workload, result.place.file)):
+        console.line((workload, Style.STRONG), (f"  {file}", Style.DIM))
+        console.rows(map(_row, cases), indent=2)
+        console.blank()
     failed = sum(not result.is_pass for result in results)
     passed = f"{len(results) - failed} passed"
-    return (f"{failed} failed, {passed}", Style.BAD) if failed else (passed, Style.GOOD)
+    console.line((f"{failed} failed, {passed}", Style.BAD) if failed else (passed, Style.GOOD))
+
+
+def _row(result: CaseResult) -> list[Cell]:
+    """One case: what was expected, and the rule that decided or what came instead."""
+    from policies.cases import outcome
+    from proxy.console import Style
+
+    words = [str(result.expected), result.test.words]
+    if result.is_pass:
+        return [("ok", Style.GOOD), *words, (_decider(result), Style.DIM)]
+    return [("FAIL", Style.BAD), *words, f"line {result.place.line}: {outcome(result)}"]
 
 
 def _decider(result: CaseResult) -> str:
+    """The rule that decided, without its file where that stands in the heading; else the reason."""
     from policies.cases import OWED_TO_RULE
 
     verdict = result.verdict
-    if verdict is None:
-        return ""
-    return str(verdict.rule) if verdict.rule and verdict.reason in OWED_TO_RULE else str(verdict.reason)
+    if verdict is None or verdict.rule is None or verdict.reason not in OWED_TO_RULE:
+        return str(verdict.reason) if verdict else ""
+    cited = str(verdict.rule)
+    return cited.removeprefix(verdict.rule.place.file) if verdict.rule.place.file == result.place.file else cited
 
 
 def _case_json(result: CaseResult) -> Json:

@@ -12,7 +12,12 @@ PARTS = ("outgate", "mitmproxy", "cryptography")
 
 
 @click.command(epilog="\b\nExample:\n  outgate version --json")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: outgate, mitmproxy, cryptography, python, openssl, kernel.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One JSON object: outgate, mitmproxy, cryptography, python, openssl, kernel.",
+)
 def version(as_json: bool) -> None:
     """Print the versions that matter."""
     import ssl

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, USAGE, YES, Json, load_policy, policy_option, rule_json
+from proxy.commands import NO, NOT_STARTED, USAGE, YES, Json, load_policy, policy_options, rule_json
 
 if TYPE_CHECKING:
     from policies.explain import Explanation
@@ -36,7 +36,7 @@ JSON keys: attempt workload verdict reason because stage rule mode stages[stage 
 
 
 @click.command(epilog=EPILOG)
-@policy_option
+@policy_options
 @click.option("-w", "--workload", envvar="OUTGATE_WORKLOAD", show_envvar=True, help="Who attempts it.")
 @click.option("--at", "day", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Judge as of this day (UTC).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -45,6 +45,7 @@ JSON keys: attempt workload verdict reason because stage rule mode stages[stage 
 def why(
     ctx: click.Context,
     paths: tuple[str, ...],
+    tags: tuple[str, ...],
     workload: str | None,
     day: datetime | None,
     as_json: bool,
@@ -54,10 +55,10 @@ def why(
 
     The answer comes from the function that the gate calls. Nothing is looked up or dialled.
     """
-    policy = load_policy(paths, exit_code=NOT_STARTED)
+    policy = load_policy(paths, tags, exit_code=NOT_STARTED)
 
     from policies.explain import explain
-    from policies.words import MalformedWords, parse_words
+    from policies.words import MalformedWords, answer, parse_words
     from proxy.console import Console, stop
 
     name = _workload(policy, workload)
@@ -67,7 +68,7 @@ def why(
         explanation = explain(policy, parse_words(name, words, time))
     except MalformedWords as error:
         stop(str(error), USAGE)
-    audited = not explanation.verdict.is_allow and all(step.verdict.is_allow for step in explanation.steps)
+    audited = answer(explanation.steps).is_allow and not explanation.verdict.is_allow
     if as_json:
         Console().json(_json(explanation, words, name, audited=audited))
     else:
@@ -89,7 +90,7 @@ def _workload(policy: Policy, name: str | None) -> str:
 
 
 def _show(console: Console, explanation: Explanation, words: str, workload: str, *, audited: bool) -> None:
-    from policies.cases import OWED_TO_RULE
+    from policies.model import Reason
     from proxy.console import Style
 
     verdict = explanation.verdict
@@ -98,18 +99,20 @@ def _show(console: Console, explanation: Explanation, words: str, workload: str,
     console.line(answer, "  ", (words, Style.STRONG))
     if audited:
         console.line(("audit mode lets this pass; enforcement would deny it", Style.WARN))
-    console.line("")
-    facts: list[list[Cell]] = [[("workload", Style.DIM), workload], [("because", Style.DIM), explanation.because]]
-    if verdict.rule and verdict.reason in OWED_TO_RULE:
+    console.blank()
+    facts: list[list[Cell]] = [[("workload", Style.DIM), workload]]
+    if not verdict.is_allow:
+        facts.append([("because", Style.DIM), explanation.because])
+    if verdict.rule and verdict.reason in (Reason.RULE, Reason.DENY_RULE, Reason.GUARD):  # else it is the nearest
         facts.append([("rule", Style.DIM), str(verdict.rule)])
     facts += [[("nearest", Style.DIM), f"{miss.rule}: {miss.by}"] for miss in explanation.nearest]
     if explanation.advice:
         facts.append([("instead", Style.DIM), explanation.advice])
     console.rows(facts, indent=2)
-    console.line("")
+    console.blank()
     console.rows(map(_stage_row, explanation.steps), indent=2)
     for number, edit in enumerate(explanation.edits):
-        console.line("")
+        console.blank()
         console.line(("to allow it, " if number == 0 else "and ", Style.DIM), edit.where, indent=2)
         console.code(edit.lines, indent=6)
 

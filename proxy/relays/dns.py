@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv6Address, ip_address
 
+from policies.addresses import Address
 from policies.engine import admit
 from policies.hostnames import Hostname, MalformedName, parse_hostname
-from policies.model import Action, Address, Attempt, Reason, Stage, Verdict
+from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy.lookups import Lookups
 from proxy.record import Peer, Record, Sink, new_id, record_of
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
@@ -182,6 +183,7 @@ class DnsRelay:
                     reply = self._answer_now(question) or await self._answer_later(question)
                     async with asyncio.timeout(self._limits.idle_timeout_s):
                         await asyncio.get_running_loop().sock_sendall(sock, len(reply).to_bytes(2) + reply)
+                    await asyncio.sleep(0)  # none of these awaits pauses for a client that is quick enough
         except OSError:  # a timeout is one too; the client is gone or slow, and what was decided is recorded
             return
 
@@ -370,8 +372,9 @@ def _read_destination(ancillary: Sequence[_Ancillary]) -> tuple[str | None, list
         if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
             return socket.inet_ntop(socket.AF_INET6, content[:16]), [(level, kind, content)]
         if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
-            _, local, asked_at = _PKTINFO.unpack(content)
-            return socket.inet_ntoa(asked_at), [(level, kind, _PKTINFO.pack(0, local, bytes(4)))]
+            # The header's address: the kernel leaves its own idea empty for what arrived before IP_PKTINFO was set.
+            _, _, asked_at = _PKTINFO.unpack(content)
+            return socket.inet_ntoa(asked_at), [(level, kind, _PKTINFO.pack(0, asked_at, bytes(4)))]
     return None, []
 
 
@@ -391,6 +394,7 @@ def _send_result(send: Callable[[bytes], None], task: asyncio.Task[bytes]) -> No
 
 async def _accept(listener: socket.socket) -> socket.socket:
     while True:
+        await asyncio.sleep(0)  # while connections wait, accepting never pauses by itself
         try:
             sock, _ = await asyncio.get_running_loop().sock_accept(listener)
         except ConnectionAbortedError:

@@ -15,8 +15,10 @@ from os import SPLICE_F_MOVE, SPLICE_F_NONBLOCK, splice
 
 from proxy.epoll import ERR, IN, OUT, Epoll
 
-CHUNK = 1 << 20  # at most so much moves in one call, so that one fast flow does not hold up the others
-PIPE_SIZE = 1 << 18  # asked for; the kernel may grant less (fs.pipe-user-pages-soft)
+PIPE_SIZE = 1 << 19  # asked for; the kernel may grant less (fs.pipe-user-pages-soft)
+CHUNK = (
+    1 << 19
+)  # at most so much moves in one call: a fast flow must not hold up the others, nor a slow one hold memory
 SPARE_PIPES = 64
 _MOVE = SPLICE_F_MOVE | SPLICE_F_NONBLOCK
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)

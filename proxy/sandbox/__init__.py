@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from proxy.sandbox.closed_ports import ClosedPorts
-from proxy.sandbox.launch import Bound, Ports, Sandbox, launch
+from proxy.sandbox.launch import launch
+from proxy.sandbox.network import Ports
+from proxy.sandbox.running import Bound, Sandbox
 from proxy.sandbox.unavailable import SandboxUnavailable
 
 __all__ = ["Bound", "ClosedPorts", "Ports", "Sandbox", "SandboxUnavailable", "launch"]

@@ -1,6 +1,6 @@
-"""What happens inside the namespaces: build the network and the view of the tree, give up privileges, run one command.
+"""What happens inside: build the network and the view of the tree, give up privileges, run one command.
 
-Process 1 of the PID namespace stays as the parent of the command; when it ends, the kernel ends all that is left inside.
+Process 1 of the PID namespace stays as the parent of the command; when it ends, the kernel ends all else inside.
 It speaks with `launch` over one socket: a letter, then bytes (`Say` and `Hear`).
 """
 
@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -25,7 +25,7 @@ from proxy.sandbox.masks import Masks
 NOT_STARTED = 125
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
-_FDS_A_MESSAGE = 250  # SCM_MAX_FD is 253
+FDS_A_MESSAGE = 250  # SCM_MAX_FD is 253
 _MESSAGE = 64 * 1024
 
 
@@ -54,7 +54,7 @@ class Hear:
 class Order:
     """What to run and in what surroundings."""
 
-    command: Sequence[str]
+    command: tuple[str, ...]
     ports: network.Ports
     masks: Masks
     directory: str
@@ -106,8 +106,8 @@ def _first_process(control: socket.socket, order: Order, step: _Step) -> NoRetur
     pair = terminal.open_pair(order.terminals[0]) if order.terminals else None
     step.name = "privileges"
     privileges.drop()
-    for start in range(0, len(sockets), _FDS_A_MESSAGE):
-        part = sockets[start : start + _FDS_A_MESSAGE]
+    for start in range(0, len(sockets), FDS_A_MESSAGE):
+        part = sockets[start : start + FDS_A_MESSAGE]
         socket.send_fds(control, [Say.SOCKETS], [each.fileno() for each in part])
     flags = struct.pack("??", socket.AF_INET6 in families, has_own_proc)
     socket.send_fds(control, [Say.READY + flags], [pair.outer] if pair else [])
@@ -200,7 +200,7 @@ def _become(order: Order, environment: Mapping[bytes, bytes], tty: int | None, i
             signal.signal(number, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_NOFILE, order.open_files)
         libc.close_from(3)
-        os.execvpe(order.command[0], order.command, environment)
+        os.execvpe(order.command[0], order.command, environment)  # noqa: S606 - the command is what we are for
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             code = NOT_FOUND

@@ -39,8 +39,8 @@ _SERVICE_DIRECTORIES = (
     "/run/screen",
     "/run/WSL",  # starts Windows programs
     "/mnt/wslg",
-    "/tmp/.X11-unix",
-    "/tmp/.ICE-unix",
+    "/tmp/.X11-unix",  # noqa: S108 - where X11 puts it
+    "/tmp/.ICE-unix",  # noqa: S108
     "/var/lib/lxd",
     "/var/snap/lxd/common/lxd",
 )
@@ -62,12 +62,13 @@ _DEVICES = ("/dev/uinput", "/dev/vhost-vsock", "/dev/sev", "/dev/vsock")
 
 # Variables that only say where such a service is. A program that finds none tries less.
 _SERVICE_VARIABLES = frozenset(
-    """
-    SSH_AUTH_SOCK SSH_AGENT_PID GPG_AGENT_INFO DBUS_SESSION_BUS_ADDRESS DBUS_SYSTEM_BUS_ADDRESS DBUS_STARTER_ADDRESS
-    DISPLAY WAYLAND_DISPLAY WAYLAND_SOCKET SESSION_MANAGER XAUTHORITY ICEAUTHORITY PULSE_SERVER PIPEWIRE_REMOTE
-    TMUX TMUX_PANE STY NOTIFY_SOCKET LISTEN_FDS LISTEN_PID LISTEN_FDNAMES JOURNAL_STREAM WSL_INTEROP
-    VSCODE_IPC_HOOK_CLI VSCODE_GIT_IPC_HANDLE
-    """.split()
+    (
+        *("SSH_AUTH_SOCK", "SSH_AGENT_PID", "GPG_AGENT_INFO", "SESSION_MANAGER", "NOTIFY_SOCKET", "JOURNAL_STREAM"),
+        *("DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS", "DBUS_STARTER_ADDRESS", "WSL_INTEROP"),
+        *("DISPLAY", "WAYLAND_DISPLAY", "WAYLAND_SOCKET", "XAUTHORITY", "ICEAUTHORITY", "PULSE_SERVER"),
+        *("PIPEWIRE_REMOTE", "TMUX", "TMUX_PANE", "STY", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"),
+        *("VSCODE_IPC_HOOK_CLI", "VSCODE_GIT_IPC_HANDLE"),
+    )
 )
 _ADDRESS_VARIABLES = frozenset({"DOCKER_HOST", "CONTAINER_HOST", "BUILDKIT_HOST", "CONTAINERD_ADDRESS"})
 
@@ -85,7 +86,9 @@ def find(environment: Mapping[str, str], extra: Iterable[str] = ()) -> Masks:
     files = {
         *(path for path in extra_paths if not os.path.isdir(path)),
         *_real(path for path in (*_SERVICE_SOCKETS, *_DEVICES) if _may_write(os.path.expanduser(path))),
-        *_real(socket for root in searched for socket in _sockets_below(os.path.expanduser(root), directories, depth=2)),
+        *_real(
+            socket for root in searched for socket in _sockets_below(os.path.expanduser(root), directories, depth=2)
+        ),
         *_real(_bound_sockets()),
         *_real(_named_sockets(environment)),
         *_other_devices(),

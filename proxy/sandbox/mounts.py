@@ -13,7 +13,9 @@ _RESOLV_CONF = "/etc/resolv.conf"
 # The kernel's own switches: uid 0 may write them without any capability (kernel.core_pattern names a program that the
 # host then runs). Container runtimes keep the same list.
 _SWITCHES = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-_LOCKED_FLAGS = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC  # a remount may not lose these; statvfs has the same bits
+_LOCKED_FLAGS = (
+    libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
+)  # a remount may not lose these; statvfs has the same bits
 
 
 def apply(masks: Masks) -> bool:
@@ -34,7 +36,9 @@ def apply(masks: Masks) -> bool:
         _replace_file(resolv_conf, text)
     if os.path.isdir("/dev/pts"):
         # The user's terminals are files of the same owner: without this they could be read and written.
-        libc.mount("devpts", "/dev/pts", "devpts", libc.MS_NOSUID | libc.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+        libc.mount(
+            "devpts", "/dev/pts", "devpts", libc.MS_NOSUID | libc.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"
+        )
     has_own_proc = _mount_proc()
     _lock_switches()
     return has_own_proc

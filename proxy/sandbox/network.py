@@ -19,6 +19,9 @@ from proxy.sandbox import closed_ports, libc
 
 type Kind = Literal["tcp", "udp"]
 
+type Families = tuple[socket.AddressFamily, ...]
+
+FAMILIES: Families = (socket.AF_INET, socket.AF_INET6)
 ALWAYS_TCP = frozenset({53, 80, 443})
 ALWAYS_UDP = frozenset({53})
 MAX_LISTENERS = 8192  # two for each port (IPv4, IPv6); beyond that start-up and kernel memory stop being small
@@ -48,7 +51,7 @@ class Ports:
     udp: frozenset[int] = frozenset()
 
 
-def build() -> tuple[socket.AddressFamily, ...]:
+def build() -> Families:
     """Make every address local to this (new) namespace, and say for which families that was possible."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP_RUNNING))
@@ -59,8 +62,8 @@ def build() -> tuple[socket.AddressFamily, ...]:
         # A kernel without IPv6, or with it switched off: then there is no way out over it either.
         if error.errno not in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.ENODEV):
             raise
-        return (socket.AF_INET,)
-    return (socket.AF_INET, socket.AF_INET6)
+        return FAMILIES[:1]
+    return FAMILIES
 
 
 def _add_local_default(family: socket.AddressFamily) -> None:
@@ -76,15 +79,13 @@ def _add_local_default(family: socket.AddressFamily) -> None:
         raise OSError(-negative, os.strerror(-negative), "route")
 
 
-def listeners(ports: Ports, families: tuple[socket.AddressFamily, ...]) -> Iterator[socket.socket]:
+def listeners(ports: Ports, families: Families) -> Iterator[socket.socket]:
     """One socket for each kind, port and family, in the order of `plan`."""
     for kind, family, port in plan(ports, families):
         yield _listen(kind, family, port)
 
 
-def plan(
-    ports: Ports, families: tuple[socket.AddressFamily, ...]
-) -> Iterator[tuple[Kind, socket.AddressFamily, int]]:
+def plan(ports: Ports, families: Families) -> Iterator[tuple[Kind, socket.AddressFamily, int]]:
     wanted: tuple[tuple[Kind, frozenset[int]], ...] = (("tcp", ports.tcp | ALWAYS_TCP), ("udp", ports.udp | ALWAYS_UDP))
     for kind, numbers in wanted:
         for port in sorted(numbers):

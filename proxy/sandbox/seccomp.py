@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import platform
-import socket
 import sys
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ _LOW_OF_ARG_0 = 16
 _LOW_OF_ARG_1 = 24
 
 # AF_VSOCK leaves a virtual machine, AF_BLUETOOTH and AF_CAN leave by radio and bus: none knows a network namespace.
-_FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+_FAMILIES = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK as Linux numbers them
 # TIOCSTI types into the terminal, TIOCLINUX pastes into a virtual console: both run commands outside (CVE-2017-5226).
 _IOCTLS = (0x5412, 0x541C)
 
@@ -42,7 +41,7 @@ class _Machine:
 
 # io_uring opens sockets out of sight of this program. The number is the same on every machine (unified since 5.1).
 _IO_URING_SETUP = 425
-_MACHINES = {
+MACHINES = {
     "x86_64": _Machine(0xC000_003E, socket=41, socketpair=53, ioctl=16, keyrings=(248, 249, 250)),
     "aarch64": _Machine(0xC000_00B7, socket=198, socketpair=199, ioctl=29, keyrings=(217, 218, 219)),
 }
@@ -54,7 +53,7 @@ class UnknownMachine(Exception):
 
 def program() -> bytes:
     """The program for this processor. Raises UnknownMachine, also for a 32-bit Python on a 64-bit kernel."""
-    machine = _MACHINES.get(platform.machine())
+    machine = MACHINES.get(platform.machine())
     if machine is None or sys.maxsize < 2**32:
         raise UnknownMachine(platform.machine())
     return program_for(machine)

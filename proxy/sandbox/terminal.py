@@ -140,14 +140,21 @@ class Relay:
         # Giving the terminal back must not stop us when we are no longer in its foreground.
         self._ttou = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         self._loop.add_signal_handler(signal.SIGWINCH, copy_size, self._user, self._outer)
+        self._loop.add_signal_handler(signal.SIGCONT, self.continued)
         self._output.resume()
         if take:
+            self._take()
+
+    def continued(self) -> None:
+        """We were stopped from outside and continued: the shell has set the terminal its own way meanwhile."""
+        if self._settings is not None:
             self._take()
 
     def close(self) -> None:
         """Give the terminal back and stop. What the command has written stays with the kernel: await `output_ended`."""
         self._give_back()
         self._loop.remove_signal_handler(signal.SIGWINCH)
+        self._loop.remove_signal_handler(signal.SIGCONT)
         signal.signal(signal.SIGTTOU, self._ttou)
         self._input.stop()
         self._output.stop()

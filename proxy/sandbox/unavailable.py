@@ -24,26 +24,29 @@ class SandboxUnavailable(Exception):
 
 def diagnose(step: str, error: OSError) -> SandboxUnavailable:
     """Name the switch that refused `step`. The first that explains `error` is the answer."""
-    what = f"{step} refused ({error.strerror or error}{f': {error.filename}' if error.filename else ''})"
-    number = error.errno
+    what, number = f"{step} refused", error.errno
     if number in (errno.ENOSPC, errno.EUSERS) and (spent := _spent_limit()):
         return SandboxUnavailable(what, f"{spent} is 0", f"sudo sysctl -w {spent}=15000\n{_ADVISORY}")
     if number in (errno.ENOSPC, errno.EUSERS):
         repair = f"raise user.max_*_namespaces, or nest fewer sandboxes\n{_ADVISORY}"
         return SandboxUnavailable(what, "too many namespaces in use, or nested too deep", repair)
     if number in _REFUSED and _switch("kernel/apparmor_restrict_unprivileged_userns") == "1":
-        cause = "AppArmor keeps user namespaces from unconfined programs (kernel.apparmor_restrict_unprivileged_userns=1)"
+        cause = (
+            "AppArmor keeps user namespaces from unconfined programs (kernel.apparmor_restrict_unprivileged_userns=1)"
+        )
         return SandboxUnavailable(what, cause, _apparmor_repair())
     if number in _REFUSED and _switch("kernel/unprivileged_userns_clone") == "0":
         repair = f"sudo sysctl -w kernel.unprivileged_userns_clone=1\n{_ADVISORY}"
         return SandboxUnavailable(what, "kernel.unprivileged_userns_clone is 0", repair)
     if number in _REFUSED and (container := _container()):
-        repair = f"start the container with --security-opt seccomp=unconfined --security-opt apparmor=unconfined\n{_ADVISORY}"
+        options = "--security-opt seccomp=unconfined --security-opt apparmor=unconfined"
+        repair = f"start the container with {options}\n{_ADVISORY}"
         return SandboxUnavailable(what, f"{container} keeps namespaces from its programs", repair)
     if number in (errno.ENOSYS, errno.EINVAL):
         repair = f"use a kernel with user, network, mount, IPC and PID namespaces\n{_ADVISORY}"
         return SandboxUnavailable(what, "this kernel lacks a namespace or was built without it", repair)
-    return SandboxUnavailable(what, "the kernel does not say why", f"see docs/threat-model.md, or ask your administrator\n{_ADVISORY}")
+    cause = f"{error.strerror or error}: {error.filename}" if error.filename else str(error.strerror or error)
+    return SandboxUnavailable(what, cause, f"see docs/threat-model.md, What `run` needs\n{_ADVISORY}")
 
 
 def not_linux() -> SandboxUnavailable:

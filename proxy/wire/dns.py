@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv6Address
 
+from policies.addresses import Address
 from policies.hostnames import Hostname
-from policies.model import Address
 
 A, CNAME, SOA, AAAA, OPT = 1, 5, 6, 28, 41
 IN = 1
@@ -189,7 +189,7 @@ def _read_opt(message: bytes, offset: int) -> tuple[int, bool, int]:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """An extended error with words for a person; left out when the client sent no OPT (RFC 8914 3)."""
+    """An extended error with words for a person; left out when the client sent no OPT (RFC 8914 2)."""
 
     code: ExtendedError
     text: str
@@ -365,9 +365,8 @@ def _read_negative_ttl(message: bytes, offset: int, count: int) -> int | None:
         if rtype == SOA:
             if length < 4 or end > len(message):
                 raise MalformedResponse("an SOA record cut short")
-            return min(
-                _ttl(ttl_s), _ttl(int.from_bytes(message[end - 4 : end]))
-            )  # RFC 2308 5: the smaller of TTL and MINIMUM
+            # RFC 2308 5: the smaller of the record's own TTL and its MINIMUM, the last field.
+            return min(_ttl(ttl_s), _ttl(int.from_bytes(message[end - 4 : end])))
         offset = end
     return None
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from pki.authority import create_root
+from pki.authority import certificates_pem, create_root
+from pki.distribution import trust_files
 from pki.jks import truststore
 from pki.trust import system_bundle_path
 from tests.pki.clients import program
@@ -63,9 +64,6 @@ def test_keytool_refuses_a_store_under_another_password(tmp_path: Path) -> None:
 
 @pytest.mark.client
 def test_keytool_reads_every_public_root_of_this_machine(tmp_path: Path) -> None:
-    from pki.authority import certificates_pem
-    from pki.distribution import trust_files
-
     system = system_bundle_path()
     if system is None:
         pytest.skip("this machine has no bundle of public roots")

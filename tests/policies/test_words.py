@@ -164,8 +164,7 @@ def test_any_text_is_an_attempt_with_a_verdict_or_no_attempt(text: str) -> None:
     everything = rules("- {host: a.example, ports: [80, 443], tls: inspect}")
     try:
         meant = attempt(text)
-    except MalformedWords as error:
-        assert str(error)
+    except MalformedWords:
         return
     assert decide(everything, meant).reason
 
@@ -173,7 +172,7 @@ def test_any_text_is_an_attempt_with_a_verdict_or_no_attempt(text: str) -> None:
 SCHEME = st.sampled_from(
     ["GET https://", "get http://", "tls://", "tcp://", "udp://", "ntp://", "dns://", "X https://"]
 )
-PIECES = st.lists(st.sampled_from(list("a.:@/?#[]%\\ *0é") + ["a.example", ":443", "10.0.0.1", "::1"]), max_size=8)
+PIECES = st.lists(st.sampled_from([*"a.:@/?#[]%\\ *0é", "a.example", ":443", "10.0.0.1", "::1"]), max_size=8)
 
 
 @given(SCHEME, PIECES)

@@ -30,6 +30,7 @@ class Received:
         return parse_query(self.message)
 
 
+type Converse = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 type Script = Callable[[Received], Iterable[bytes]]  # the messages to send back, in order
 
 
@@ -40,6 +41,18 @@ class Nameserver:
     script: Script
     received: list[Received] = field(default_factory=list)
     address: tuple[str, int] = ("", 0)
+    converse: Converse | None = None  # what a TCP connection gets instead of the script
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def keep(self, received: Received) -> None:
+        self.received.append(received)
+        self._arrived.set()
+
+    async def wait_for(self, count: int) -> None:
+        """Until so many messages have arrived."""
+        while len(self.received) < count:
+            self._arrived.clear()
+            await self._arrived.wait()
 
     @property
     def asked(self) -> list[tuple[str, str]]:
@@ -57,7 +70,7 @@ class _Udp(asyncio.DatagramProtocol):
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         received = Received(data, "udp", addr[1])
-        self._server.received.append(received)
+        self._server.keep(received)
         for message in self._server.script(received):
             self._transport.sendto(message, addr)
 
@@ -67,9 +80,11 @@ async def serving(script: Script, host: str = "127.0.0.1") -> AsyncIterator[Name
     server = Nameserver(script)
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if server.converse is not None:
+            return await server.converse(reader, writer)
         length = int.from_bytes(await reader.readexactly(2))
         received = Received(await reader.readexactly(length), "tcp", writer.get_extra_info("peername")[1])
-        server.received.append(received)
+        server.keep(received)
         for message in server.script(received):
             writer.write(len(message).to_bytes(2) + message)
         await writer.drain()
@@ -87,7 +102,7 @@ async def serving(script: Script, host: str = "127.0.0.1") -> AsyncIterator[Name
 
 async def _bind(
     host: str,
-    converse: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    converse: Converse,
     server: Nameserver,
 ) -> tuple[asyncio.Server, asyncio.DatagramTransport]:
     """TCP and UDP on one port; a port that is free for TCP may be taken for UDP."""

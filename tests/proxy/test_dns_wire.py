@@ -13,8 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mitmproxy import dns as oracle
 
+from policies.addresses import Address
 from policies.hostnames import Hostname
-from policies.model import Address
 from proxy.wire.dns import (
     AAAA,
     CNAME,
@@ -434,6 +434,9 @@ def test_garbage_is_a_query_or_malformed(garbage: bytes) -> None:
         except MalformedQuery:
             continue
         assert given_message[12:].startswith(query.question)
+        for built in (build_nodata(query, 5), build_failure(query, Note(ExtendedError.BLOCKED, "no_rule"))):
+            assert built[12:].startswith(query.question)
+            assert len(built) <= query.udp_limit
 
 
 @given(st.binary(max_size=200), st.integers(0, 40), st.integers(0, 40), ids)

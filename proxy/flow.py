@@ -1,0 +1,167 @@
+"""An allowed connection on its way out: find the addresses, have each admitted, dial, relay. It judges nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Protocol
+
+from policies.hostnames import Hostname
+from policies.model import Action, Address, Reason, Verdict
+from policies.model import Dial as DialTo
+from proxy.dialer import Dial, interleave
+from proxy.epoll import Epoll
+from proxy.limits import Limits
+from proxy.original_dst import Destination
+from proxy.relays.stream import End, Pipes, StreamRelay
+from proxy.resolver import NameNotFound, Resolution, ResolverFailed
+
+
+class Resolver(Protocol):
+    """What of `proxy.resolver.Resolver` is used here."""
+
+    def cached(self, name: Hostname) -> Resolution | None: ...
+
+    async def resolve(self, name: Hostname) -> Resolution: ...
+
+
+class Admit(Protocol):
+    def __call__(self, verdict: Verdict, address: Address, *, from_hosts: bool = ...) -> Verdict: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """What flows share on their way out. `Listener` says what each is."""
+
+    epoll: Epoll
+    pipes: Pipes
+    limits: Limits
+    admit: Admit
+    resolver: Resolver
+
+
+class Flow:
+    """One client connection that a rule admits. It ends in one of these, unless cancelled before it relays.
+
+    denied  nothing may be dialled, or nothing answers; the client's socket is as it was
+    ended   it was relayed to `upstream` and is over; both sockets are closed
+    failed  a callback crashed
+    """
+
+    __slots__ = ("_client", "_denied", "_destination", "_dial", "_ended", "_exit", "_failed", "_lookup", "_relay",
+                 "_verdict", "upstream")  # fmt: skip
+
+    def __init__(
+        self,
+        exit: Exit,
+        client: socket.socket,
+        destination: Destination,
+        verdict: Verdict,
+        *,
+        denied: Callable[[Verdict], None],
+        ended: Callable[[End], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._exit = exit
+        self._client = client
+        self._destination = destination
+        self._verdict = verdict
+        self._denied = denied
+        self._ended = ended
+        self._failed = failed
+        self._lookup: asyncio.Task[None] | None = None
+        self._dial: Dial | None = None
+        self._relay: StreamRelay | None = None
+        self.upstream: Destination = destination
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the client that reached the upstream."""
+        return self._relay.sent if self._relay else 0
+
+    @property
+    def received(self) -> int:
+        """Bytes of the upstream that reached the client."""
+        return self._relay.received if self._relay else 0
+
+    def start(self, name: Hostname | None) -> None:
+        """Dial the original address where the rule is about addresses, else one of `name`'s."""
+        if self._verdict.dial is DialTo.ORIGINAL:
+            self._connect(Resolution((self._destination[0],), inf))
+        elif name is None:  # no verdict says so; if one ever does, stay closed
+            self._deny(Reason.GATE_FAILED)
+        elif resolution := self._exit.resolver.cached(name):
+            self._connect(resolution)
+        else:
+            self._lookup = asyncio.get_running_loop().create_task(self._look_up(name))
+
+    def cancel(self) -> None:
+        """End it now: what is relayed is reset (`ended` follows), what is not there yet is given up without a word."""
+        if self._relay is not None:
+            self._relay.end(End.RESET)
+        if self._dial is not None:
+            self._dial.cancel()
+        if self._lookup is not None:
+            self._lookup.cancel()
+
+    async def _look_up(self, name: Hostname) -> None:
+        try:
+            try:
+                async with asyncio.timeout(self._exit.limits.resolve_s):
+                    resolution = await self._exit.resolver.resolve(name)
+            except NameNotFound:
+                self._deny(Reason.NAME_NOT_FOUND)
+            except (ResolverFailed, TimeoutError):
+                self._deny(Reason.RESOLVER_FAILED)
+            else:
+                self._connect(resolution)
+        except Exception as error:
+            self._exit.epoll.contain(self._failed, error)
+
+    def _connect(self, resolution: Resolution) -> None:
+        exit, limits = self._exit, self._exit.limits
+        self._lookup = None
+        admitted: list[Address] = []
+        denied: Verdict | None = None
+        for address in interleave(resolution.addresses):
+            judged = exit.admit(self._verdict, address, from_hosts=resolution.from_hosts)
+            if not judged.is_allow:
+                denied = denied or judged
+                continue
+            admitted.append(address)
+            if len(admitted) == limits.max_addresses:
+                break
+        if admitted:
+            port = resolution.port or self._destination[1]
+            self.upstream = admitted[0], port
+            self._dial = Dial(
+                exit.epoll,
+                admitted,
+                port,
+                limits,
+                connected=self._connected,
+                unreachable=self._deny,
+                crashed=self._failed,
+            )
+        elif denied is not None:
+            self._denied(denied)
+        else:
+            self._deny(Reason.NAME_NOT_FOUND)
+
+    def _deny(self, reason: Reason) -> None:
+        """A rule admits it, and it cannot be carried."""
+        verdict = self._verdict
+        self._denied(Verdict(Action.DENY, reason, verdict.stage, verdict.rule, host=verdict.host))
+
+    def _connected(self, upstream: socket.socket, address: Address) -> None:
+        self._dial = None
+        self.upstream = address, self.upstream[1]
+        self._client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        exit = self._exit
+        self._relay = StreamRelay(
+            exit.epoll, exit.pipes, self._client, upstream, idle_s=exit.limits.idle_s, ended=self._ended
+        )
+        self._relay.start()

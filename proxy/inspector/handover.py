@@ -1,0 +1,90 @@
+"""What the gate tells its inspector: the configuration, and each connection it hands over. Text only, no sockets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from policies.hostnames import Hostname
+from policies.load import Source
+from proxy.record import Peer
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A connection that the listener gives away; nothing was read from it.
+
+    host         the SNI; None on a plain port
+    port         the original destination's
+    destination  the original destination, where the listener knows it
+    opened       POSIX seconds
+    """
+
+    id: str
+    workload: str
+    host: Hostname | None
+    port: int
+    plain: bool
+    source: Peer
+    destination: Peer | None
+    opened: float
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Handover:
+        fields = json.loads(text)
+        fields["source"] = tuple(fields["source"])
+        fields["destination"] = fields["destination"] and tuple(fields["destination"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the inspector bears, each with the attack it answers."""
+
+    connections: int = 4096  # descriptors: each takes two
+    handshake_s: float = 10.0  # half a ClientHello
+    head_s: float = 15.0  # slowloris: a request head dribbled byte by byte
+    idle_s: float = 300.0  # nothing moves in either direction
+    dial_s: float = 10.0  # lookup, connect and TLS of the origin together
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """All that an inspector needs; it holds the issuing CA's key, so it travels in memory only.
+
+    sources      the policy files, read once by the gate, so that both judge by the same text
+    tags         paths of service-tag files
+    issuing      PEM: the issuing CA's certificate, what is sent after it, and its key
+    upstream_ca  path of a PEM file; None: the system's store
+    hosts        name to addresses and port, as the operator said; `system_hosts` as the machine says
+    nameservers  address and port each
+    """
+
+    sources: tuple[Source, ...]
+    issuing: str = field(repr=False)
+    tags: tuple[str, ...] = ()
+    upstream_ca: str | None = None
+    hosts: tuple[tuple[Hostname, tuple[str, ...], int | None], ...] = ()
+    system_hosts: tuple[tuple[Hostname, tuple[str, ...]], ...] = ()
+    nameservers: tuple[tuple[str, int], ...] = ()
+    bounds: Bounds = Bounds()
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> Configuration:
+        fields = json.loads(text)
+        return cls(
+            sources=tuple(Source(**source) for source in fields["sources"]),
+            issuing=fields["issuing"],
+            tags=tuple(fields["tags"]),
+            upstream_ca=fields["upstream_ca"],
+            hosts=tuple((name, tuple(addresses), port) for name, addresses, port in fields["hosts"]),
+            system_hosts=tuple((name, tuple(addresses)) for name, addresses in fields["system_hosts"]),
+            nameservers=tuple((address, port) for address, port in fields["nameservers"]),
+            bounds=Bounds(**fields["bounds"]),
+        )

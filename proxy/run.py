@@ -1,0 +1,162 @@
+"""`outgate run`: one command in a sandbox, one gate around it, and what was refused said at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from policies.index import Policy
+from proxy.commands.gate import (
+    GateOptions,
+    Unready,
+    load_authority,
+    read_gate_policy,
+    settings_of,
+    warn_of_closed_rules,
+)
+
+if TYPE_CHECKING:  # nothing that starts a thread or an event loop may be loaded before the fork
+    from pki.authority import Authority
+    from proxy.record import Record
+    from proxy.runtime import Settings
+    from proxy.sandbox import Ports, Sandbox
+
+NOT_STARTED = 125  # as env(1), nohup(1) and docker run: the command's own codes stay its own
+
+# Capture is transparent: a proxy that the user's shell names cannot be reached from inside and is not needed.
+PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy")
+
+
+def run(options: GateOptions, command: Sequence[str], *, proxy_env: bool) -> int:
+    """Run `command` under the policy. Returns its exit status, or 125 after one clear line when it was not started."""
+    from proxy.sandbox import SandboxUnavailable
+
+    trust = tempfile.mkdtemp(prefix="outgate-")
+    try:
+        return _run(options, command, Path(trust), proxy_env=proxy_env)
+    except (Unready, SandboxUnavailable) as error:
+        for line in str(error).splitlines():
+            print(f"outgate: {line}", file=sys.stderr)
+        return NOT_STARTED
+    finally:
+        shutil.rmtree(trust, ignore_errors=True)
+
+
+def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env: bool) -> int:
+    policy, sources = read_gate_policy(options)
+    options = _with_workload(options, policy)
+    assert options.workload is not None
+    warn_of_closed_rules(policy, options.workload)
+    authority = _authority(options)
+    settings = settings_of(options, sources, authority)
+    environment = _environment(options, authority, settings, trust)
+    if proxy_env:
+        from proxy.advisory import run_advisory
+
+        return run_advisory(policy, settings, command, environment, options.log)
+    from proxy.sandbox import launch
+
+    with launch(command, ports=_ports(policy, options.workload), environment=environment) as sandbox:
+        return asyncio.run(_serve(policy, settings, sandbox, options.log))
+
+
+async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str | None) -> int:
+    from proxy.original_dst import local_dst
+    from proxy.runtime import Gate
+
+    assert settings.workload is not None
+    with Told(policy, settings.workload, log) as told:
+        gate = Gate(policy, settings, original_dst=local_dst, record=told.record)
+        try:
+            gate.enter(sandbox)
+            sandbox.release()
+            return await sandbox.wait()
+        finally:
+            await gate.close()
+
+
+class Told:
+    """Where the records of one run go: the log, if one was asked for, and the closing summary on standard error."""
+
+    def __init__(self, policy: Policy, workload: str, log: str | None) -> None:
+        from proxy.decision_log import open_log
+        from proxy.summary import Summary
+
+        self._summary = Summary(policy, workload)
+        try:
+            self._log = open_log(log) if log else None
+        except OSError as error:
+            raise Unready(f"--log {log}: {error.strerror or error}") from error
+
+    def __enter__(self) -> Told:
+        return self
+
+    def record(self, record: Record) -> None:
+        self._summary(record)
+        if self._log:
+            self._log(record)
+
+    def __exit__(self, *_: object) -> None:
+        if self._log:
+            self._log.close()
+        for line in self._summary.lines():
+            print(line, file=sys.stderr)
+
+
+def _with_workload(options: GateOptions, policy: Policy) -> GateOptions:
+    """The options with the workload named: where there is only one, it is meant."""
+    from dataclasses import replace
+
+    if options.workload is not None:
+        return options
+    if len(policy.workloads) != 1:
+        names = ", ".join(sorted(policy.workloads)) or "none"
+        raise Unready(f"which workload? add -w NAME (the policy has: {names})")
+    return replace(options, workload=next(iter(policy.workloads)))
+
+
+def _authority(options: GateOptions) -> Authority:
+    """The one of `--pki`, or one that lives as long as this run: its key is nowhere but in memory."""
+    if options.pki is not None:
+        return load_authority(options.pki)
+    from pki.authority import create_authority
+
+    return create_authority(datetime.now(UTC))
+
+
+def _environment(options: GateOptions, authority: Authority, settings: Settings, trust: Path) -> dict[str, str]:
+    """The command's environment: every runtime trusts the gate, and `outgate why` knows where it is."""
+    from pki.authority import certificates_pem
+    from pki.distribution import environment, trust_files
+    from pki.trust import TrustError, public_roots, write_trust
+
+    try:
+        public = public_roots(os.environ)
+    except TrustError as error:
+        print(f"outgate: {error}; inside, only inspected hosts will be trusted", file=sys.stderr)
+        public = b""
+    if settings.upstream_ca:  # what the gate accepts upstream the command accepts on passthrough
+        public += b"\n" + Path(settings.upstream_ca).read_bytes()
+    roots = certificates_pem(*(root.certificate for root in authority.roots))
+    write_trust(trust, trust_files(str(trust), roots, public))
+    kept = {name: value for name, value in os.environ.items() if name.lower() not in PROXY_VARIABLES}
+    return environment(str(trust), kept).over(kept) | {
+        "OUTGATE_POLICY": os.pathsep.join(str(Path(path).resolve()) for path in options.paths),
+        "OUTGATE_WORKLOAD": settings.workload or "",
+    }
+
+
+def _ports(policy: Policy, workload: str) -> Ports:
+    """The TCP ports that the workload's rules name."""
+    from proxy.sandbox import Ports
+
+    index = policy.index[workload]
+    ranges = index.host_ports | index.tcp.ports
+    return Ports(tcp=frozenset(port for ports in ranges for port in range(ports.first, ports.last + 1)))

@@ -1,0 +1,98 @@
+"""`outgate serve`: a gate in the foreground for connections that the kernel redirects to it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from datetime import UTC, datetime
+from ipaddress import ip_address
+
+from pki.authority import Authority, create_authority
+from policies.index import Policy
+from policies.model import HostRule, Tls
+from proxy.commands.gate import (
+    GateOptions,
+    Unready,
+    load_authority,
+    read_gate_policy,
+    settings_of,
+    warn_of_closed_rules,
+)
+from proxy.decision_log import DecisionLog, open_log
+from proxy.original_dst import redirected_dst
+from proxy.runtime import Gate, Settings
+
+NOT_STARTED = 3
+BACKLOG = 4096
+
+
+def serve(options: GateOptions, listen: str) -> int:
+    """Serve until SIGINT or SIGTERM. Returns 0, or 3 after one clear line when the gate could not start."""
+    try:
+        policy, sources = read_gate_policy(options)
+        warn_of_closed_rules(policy, options.workload)
+        authority = _authority(options, policy)
+        settings = settings_of(options, sources, authority)
+        door = _open_door(listen)
+        log = _open_log(options.log)
+    except Unready as error:
+        for line in str(error).splitlines():
+            print(f"outgate: {line}", file=sys.stderr)
+        return NOT_STARTED
+    try:
+        asyncio.run(_serve(policy, settings, door, log))
+    finally:
+        log.close()
+    return 0
+
+
+async def _serve(policy: Policy, settings: Settings, door: socket.socket, log: DecisionLog) -> None:
+    gate = Gate(policy, settings, original_dst=redirected_dst, record=log)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    try:
+        gate.listen(door)
+        print(f"outgate: serving redirected connections on {_shown(door)}", file=sys.stderr)
+        await stop.wait()
+    finally:
+        await gate.close()
+
+
+def _authority(options: GateOptions, policy: Policy) -> Authority:
+    """The one of `--pki`. A gate that ends no TLS needs none, and gets one that never signs anything."""
+    if options.pki:
+        return load_authority(options.pki)
+    for workload in policy.workloads.values():
+        for rule in workload.rules:
+            if isinstance(rule, HostRule) and rule.tls is Tls.INSPECT:
+                raise Unready(f"{rule} is inspected: give the authority that signs its leaves with --pki DIR")
+    return create_authority(datetime.now(UTC))
+
+
+def _open_door(listen: str) -> socket.socket:
+    """A listening socket on `ADDR:PORT` or `[ADDR6]:PORT`. Raises Unready."""
+    host, _, port = listen.rpartition(":")
+    try:
+        address = ip_address(host.removeprefix("[").removesuffix("]"))
+        number = int(port)
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        return socket.create_server((str(address), number), family=family, backlog=BACKLOG)
+    except (ValueError, OverflowError) as error:
+        raise Unready(f'--listen "{listen}": write ADDR:PORT, for example 0.0.0.0:15001 or [::]:15001') from error
+    except OSError as error:
+        raise Unready(f"--listen {listen}: {error.strerror or error}") from error
+
+
+def _open_log(target: str | None) -> DecisionLog:
+    try:
+        return open_log(target)
+    except OSError as error:
+        raise Unready(f"--log {target}: {error.strerror or error}") from error
+
+
+def _shown(door: socket.socket) -> str:
+    host, port = door.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
