@@ -171,8 +171,9 @@ def _decide_http(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verd
         return _deny(attempt, *denied)
     if rules is None:
         carried = _decide_beside(index, attempt, groups, name)
-        admitted = not carried.is_allow or _admits_upgrade(None, attempt.upgrade)
-        return carried if admitted else _deny(attempt, Reason.UPGRADE, carried.rule)
+        if carried.is_allow and attempt.upgrade is not None:
+            return _deny(attempt, Reason.UPGRADE, carried.rule)
+        return carried
     if rules.plain is not attempt.plain:
         return _deny(attempt, Reason.WRONG_PROTOCOL, rules.rules[0])
     if current is None:
@@ -226,12 +227,15 @@ def _lookup_rules(index: WorkloadIndex, name: Hostname) -> list[NameRule]:
     return found
 
 
-def _decide_tcp(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
-    return _decide_transport(index.tcp, policy, index, attempt) or _deny_opaque(index, attempt)
-
-
-def _decide_udp(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
-    return _decide_transport(index.udp, policy, index, attempt) or _deny_opaque(index, attempt)
+def _decide_opaque(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
+    """TCP that names nobody, and UDP."""
+    table = index.tcp if attempt.stage is Stage.TCP else index.udp
+    if verdict := _decide_transport(table, policy, index, attempt):
+        return verdict
+    for name in attempt.names:
+        if groups := index.hosts.matching(name):  # the host rule expects TLS or HTTP
+            return _deny(attempt, Reason.WRONG_PROTOCOL, groups[0].rules[0])
+    return _deny(attempt, Reason.NO_RULE)
 
 
 def _decide_ntp(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
@@ -254,8 +258,8 @@ _JUDGES: dict[Stage, Callable[[Policy, WorkloadIndex, Attempt], Verdict]] = {
     Stage.DNS: _decide_dns,
     Stage.TLS: _decide_tls,
     Stage.HTTP: _decide_http,
-    Stage.TCP: _decide_tcp,
-    Stage.UDP: _decide_udp,
+    Stage.TCP: _decide_opaque,
+    Stage.UDP: _decide_opaque,
     Stage.NTP: _decide_ntp,
 }
 
@@ -372,7 +376,7 @@ def _carry_by_name(attempt: Attempt, rules: Iterable[TransportRule], name: Hostn
     if admitting:
         private = any(rule.private for rule in admitting)
         return _carry(attempt, admitting[0], Dial.NAME, private=private, host=name)
-    return max(misses, key=_nearness)
+    return max(misses, key=_nearness)  # a name stands in the table with one rule at least
 
 
 def _miss(rule: TransportRule, attempt: Attempt) -> Reason | None:
@@ -386,13 +390,6 @@ def _carry(
 ) -> Verdict:
     tls = Tls.PASSTHROUGH if attempt.stage is Stage.TLS else None
     return Verdict(Action.ALLOW, Reason.RULE, attempt.stage, rule, tls=tls, dial=dial, host=host, private=private)
-
-
-def _deny_opaque(index: WorkloadIndex, attempt: Attempt) -> Verdict:
-    for name in attempt.names:
-        if groups := index.hosts.matching(name):  # opaque bytes where the host rule expects TLS or HTTP
-            return _deny(attempt, Reason.WRONG_PROTOCOL, groups[0].rules[0])
-    return _deny(attempt, Reason.NO_RULE)
 
 
 # --- denials -------------------------------------------------------------------------------------------------------

@@ -97,6 +97,8 @@ class MapNode(NamedTuple):
 
 type Node = Scalar | ListNode | MapNode
 
+_NO_KEY = Scalar("", True, 1, 1)
+
 
 def decode(file: str, content: bytes) -> Source:
     """The text in a file's bytes: UTF-8, a byte order mark is dropped. Raises PolicyError at the first bad byte."""
@@ -139,14 +141,15 @@ class _Stop(Exception):
 class _Open:
     """A list or mapping whose end has not been read. `keys` is None for a list; `key` waits for its value."""
 
-    __slots__ = ("column", "items", "key", "keys", "line")
+    __slots__ = ("awaits_key", "column", "items", "key", "keys", "line")
 
     def __init__(self, mark: yaml.Mark, keys: dict[str, Scalar] | None) -> None:
         self.line = mark.line + 1
         self.column = mark.column + 1
         self.items: list[Node | tuple[Scalar, Node]] = []
         self.keys = keys
-        self.key: Scalar | None = None
+        self.key = _NO_KEY
+        self.awaits_key = keys is not None
 
     def close(self) -> Node:
         kind = ListNode if self.keys is None else MapNode
@@ -172,7 +175,10 @@ class _Composer:
             kind = type(event)
             if kind is ScalarEvent:
                 mark = event.start_mark
-                node: Node = Scalar(event.value, event.implicit[0], mark.line + 1, mark.column + 1)
+                text = event.value
+                if stack and stack[-1].awaits_key:
+                    text = sys.intern(text)  # a hundred thousand rules share a few keys
+                node: Node = Scalar(text, event.implicit[0], mark.line + 1, mark.column + 1)
                 if event.anchor is not None or event.tag is not None:
                     self._refuse(event)
             elif kind is MappingStartEvent or kind is SequenceStartEvent:
@@ -196,19 +202,18 @@ class _Composer:
                     documents += 1
                     self._check_document(event, documents)
                 continue
-            if stack:
-                self._put(stack[-1], node)
-            else:
+            if not stack:
                 root = node
-
-    def _put(self, parent: _Open, node: Node) -> None:
-        if parent.keys is None:
-            parent.items.append(node)
-        elif parent.key is not None:
-            parent.items.append((parent.key, node))
-            parent.key = None
-        else:
-            parent.key = self._key(parent.keys, node)
+                continue
+            parent = stack[-1]
+            if parent.keys is None:
+                parent.items.append(node)
+            elif parent.awaits_key:
+                parent.key = self._key(parent.keys, node)
+                parent.awaits_key = False
+            else:
+                parent.items.append((parent.key, node))
+                parent.awaits_key = True
 
     def _key(self, keys: dict[str, Scalar], node: Node) -> Scalar:
         if not isinstance(node, Scalar):
@@ -218,9 +223,8 @@ class _Composer:
             self._add(self._problem_at(node, "merge key <<", "write the keys out, or make a set and use it"))
         elif first := keys.get(node.text):
             self._add(self._problem_at(node, f"duplicate key {quote(node.text)}", f"line {first.line} has it already"))
-        key = Scalar(sys.intern(node.text), node.plain, node.line, node.column)
-        keys[key.text] = key
-        return key
+        keys[node.text] = node
+        return node
 
     def _check_document(self, event: Any, documents: int) -> None:
         place = _place(self.file, event.start_mark)

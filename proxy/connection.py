@@ -38,7 +38,8 @@ from proxy.wire.client_hello import (
 _FIRST_BYTES = IN | RDHUP | ONESHOT  # one event, then silence while the verdict is carried out
 _REST_S = 0.25  # woken with less than asked for (the kernel ran short of memory for this queue): look again after it
 _DISCARD = 1 << 16
-_NOT_KNOWN: Destination = (IPv4Address(0), 0)
+_NOWHERE = IPv4Address(0)  # an address that no rule reaches
+_NOT_KNOWN: Destination = (_NOWHERE, 0)
 
 _ALERTS = {
     Reason.MALFORMED_HELLO: Alert.DECODE_ERROR,
@@ -72,15 +73,25 @@ class Gate:
     over: Callable[[Connection], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Tunnel:
+    """Where a CONNECT asked for: a name (`authority`), which must then be the SNI, or an address."""
+
+    authority: Hostname | None
+    address: Address | None
+    port: int
+
+
 class Connection:
     """Owns its socket until it is over: closed or given away. Writes one decision record, unless the inspector does."""
 
     __slots__ = ("_attempt", "_expect", "_first", "_flow", "_gate", "_give_up", "_is_resting", "_left", "_opened",
-                 "_wanted", "deadline", "destination", "fd", "is_over", "peer", "sock", "source",
+                 "_tunnel", "_wanted", "deadline", "destination", "fd", "is_over", "peer", "sock", "source",
                  "workload")  # fmt: skip
 
-    def __init__(self, gate: Gate, sock: socket.socket, peer: Peer) -> None:
+    def __init__(self, gate: Gate, sock: socket.socket, peer: Peer, tunnel: Tunnel | None = None) -> None:
         self._gate = gate
+        self._tunnel = tunnel
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = self.source = peer
@@ -126,6 +137,9 @@ class Connection:
         if self.sock.family == socket.AF_INET6:
             self.source = str(address), self.peer[1]
         self.workload = self._gate.identify(address)
+        if self._tunnel:
+            self.destination = self._tunnel.address or _NOWHERE, self._tunnel.port
+            return True
         found = self._gate.original_dst(self.sock)
         self.destination = found or local_dst(self.sock)
         return found is not None
@@ -230,7 +244,12 @@ class Connection:
         gate = self._gate
         address, port = self.destination
         names: tuple[Hostname, ...] = ()
-        if fault is None and (host is None or self._expect is not Expect.PEEK):
+        authority = self._tunnel.authority if self._tunnel else None
+        if authority is not None:
+            names = (authority,)
+            if host not in (None, authority) and fault is None:
+                fault = Reason.HOST_MISMATCH
+        elif fault is None and (host is None or self._expect is not Expect.PEEK):
             names = gate.names_of(self.workload, address)
         self._attempt = attempt = Attempt(
             stage,
@@ -238,7 +257,7 @@ class Connection:
             host,
             port,
             time=gate.clock(),
-            address=address,
+            address=None if authority else address,
             names=names,
             ech=ech,
             plain=plain,
@@ -312,7 +331,7 @@ class Connection:
             port=port,
             plain=plain,
             source=self.source,
-            destination=(str(address), port),
+            destination=None if self._tunnel and self._tunnel.authority else (str(address), port),
             opened=self._opened,
         )
         gate.epoll.unwatch(self)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from policies.engine import Expect
 from policies.hostnames import Hostname
 from policies.model import Address, Attempt, Reason, Verdict
-from proxy.connection import Connection, Gate
+from proxy.connection import Connection, Gate, Tunnel
 from proxy.epoll import IN, Epoll
 from proxy.flow import Admit, Exit, Resolver
 from proxy.inspector.handover import Handover
@@ -101,9 +101,11 @@ class Listener:
         """How many are being peeked, carried, or told that they are denied."""
         return len(self._open)
 
-    def welcome(self, sock: socket.socket, peer: tuple[str, int], *, exhausted: bool = False) -> None:
+    def welcome(
+        self, sock: socket.socket, peer: tuple[str, int], *, tunnel: Tunnel | None = None, exhausted: bool = False
+    ) -> None:
         """Begin with an accepted connection, or refuse it where there are too many."""
-        connection = Connection(self._gate, sock, peer)
+        connection = Connection(self._gate, sock, peer, tunnel)
         of_source = self._by_source.get(peer[0], 0)
         is_full = len(self._open) >= self._limits.max_connections or of_source >= self._limits.max_per_source
         self._open.add(connection)
@@ -117,7 +119,7 @@ class Listener:
             self._epoll.contain(connection.failed, error)
 
     def refuse_one(self, sock: socket.socket) -> bool:
-        """Out of descriptors: accept with the one kept in reserve, only to reset. False: not even that.
+        """Out of descriptors: accept with the one kept in reserve, only to reset. False: that was not possible either.
 
         Left in the backlog, connections would keep the level-triggered epoll awake and their clients waiting.
         """
@@ -126,13 +128,13 @@ class Listener:
         if self._reserve is None:
             return False
         os.close(self._reserve)
-        self._reserve = None
         try:
             accepted, peer = sock.accept()
-        except OSError:
+            self.welcome(accepted, peer[:2], exhausted=True)
+        except OSError:  # nobody waits: accept4 wants a descriptor before it looks
             return False
-        self.welcome(accepted, peer[:2], exhausted=True)
-        self._reserve = _open_reserve()
+        finally:
+            self._reserve = _open_reserve()
         return True
 
     def _over(self, connection: Connection) -> None:

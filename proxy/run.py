@@ -60,10 +60,12 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
     if proxy_env:
         from proxy.advisory import run_advisory
 
-        return run_advisory(policy, settings, command, environment, options.log)
+        return run_advisory(policy, settings, command, environment, Told(policy, options.workload, options.log))
     from proxy.sandbox import launch
 
-    with launch(command, ports=_ports(policy, options.workload), environment=environment) as sandbox:
+    hidden = [options.pki] if options.pki else []  # the authority's keys are the user's to read, not the command's
+    ports = _ports(policy, options.workload)
+    with launch(command, ports=ports, environment=environment, hide=hidden) as sandbox:
         return asyncio.run(_serve(policy, settings, sandbox, options.log))
 
 

@@ -17,6 +17,7 @@ from policies.hostnames import Hostname
 from policies.index import Policy
 from policies.model import UNKNOWN, Action, Address, Attempt, Reason, Stage, Verdict
 from proxy.epoll import Epoll
+from proxy.explicit import ExplicitProxy
 from proxy.hosts import DNS_PORT, HostsEntry, Nameserver, read_hosts_file, system_nameservers, system_search
 from proxy.inspector import Configuration, Inspector
 from proxy.limits import Limits
@@ -93,16 +94,23 @@ class Gate:
             workload=self._identify,
             search=system_search(),
         )
-        self._dns_tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[None]] = []
         self._closed_ports: ClosedPorts | None = None
 
     def listen(self, sock: socket.socket) -> None:
         """Serve a listening TCP socket, which is the gate's from now on."""
         self._listener.serve(sock)
 
-    def welcome(self, sock: socket.socket, peer: tuple[str, int]) -> None:
-        """Serve one connection that somebody else accepted."""
-        self._listener.welcome(sock, peer)
+    def proxy(self, sock: socket.socket) -> None:
+        """Serve a listening TCP socket as an explicit proxy: CONNECT, and plain HTTP in absolute form."""
+        explicit = ExplicitProxy(
+            decide=self._decide,
+            workload=self._identify,
+            welcome=self._listener.welcome,
+            inspect=self._inspector.inspect if self._inspector else None,
+            record=self._record,
+        )
+        self._tasks.append(asyncio.create_task(explicit.serve(sock)))
 
     def enter(self, sandbox: Sandbox) -> None:
         """Serve what a sandbox bound inside: DNS on port 53, else TCP; and hear of the ports nobody serves."""
@@ -111,16 +119,16 @@ class Gate:
                 self.listen(bound.socket)
                 continue
             serve = self._dns.serve_udp if bound.kind == "udp" else self._dns.serve_tcp
-            self._dns_tasks.append(asyncio.create_task(serve(bound.socket)))
+            self._tasks.append(asyncio.create_task(serve(bound.socket)))
         self._closed_ports = ClosedPorts(sandbox.packets, self._note_closed_port, asyncio.get_running_loop())
 
     async def close(self) -> None:
         """End every flow; their records are written by then, but for those of the inspector's."""
         if self._closed_ports:
             self._closed_ports.close()
-        for task in self._dns_tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._dns_tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._listener.close()
         self._epoll.close()
         if self._inspector:

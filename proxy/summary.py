@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 
 from policies.explain import explain
 from policies.index import Policy
+from policies.model import Reason
 from policies.words import MalformedWords, parse_words
 from proxy.decision_log import describe
 from proxy.record import Record
 
 MAX_SHOWN = 12  # a port scan must not bury the end of the program's own output
 MAX_REMEMBERED = 1000
+FAILURES = frozenset(  # the policy admits these; no edit of it would help
+    {
+        Reason.NAME_NOT_FOUND,
+        Reason.RESOLVER_FAILED,
+        Reason.UPSTREAM_REFUSED,
+        Reason.UPSTREAM_TIMEOUT,
+        Reason.UPSTREAM_CERTIFICATE,
+        Reason.UPSTREAM_FAILED,
+        Reason.CLIENT_CERTIFICATE_REFUSED,
+        Reason.CLIENT_GONE,
+        Reason.NOT_SERVED,
+        Reason.GATE_FAILED,
+    }
+)
 
 
 class Summary:
@@ -23,6 +39,7 @@ class Summary:
         self._workload = workload
         self.allowed = 0
         self.denied = 0
+        self.failed = 0
         self.audited = 0
         self._denials: Counter[tuple[str, str]] = Counter()
 
@@ -34,7 +51,9 @@ class Summary:
         key = (describe(record), str(record["reason"]))
         if record.get("dns.question.type") == "AAAA" and key in self._denials:
             return  # one lookup to the program: both families are asked at once
-        self.denied += not would_deny
+        is_failure = record["reason"] in FAILURES
+        self.failed += is_failure
+        self.denied += not (would_deny or is_failure)
         self.audited += would_deny
         if key in self._denials or len(self._denials) < MAX_REMEMBERED:
             self._denials[key] += 1
@@ -43,8 +62,9 @@ class Summary:
         """The closing lines, none where there was nothing to say."""
         if not (self.allowed or self._denials):
             return
+        failed = f", {self.failed} failed" if self.failed else ""
         audited = f", {self.audited} that enforcement would deny" if self.audited else ""
-        yield f"outgate: {self._workload}: {self.allowed} allowed, {self.denied} denied{audited}"
+        yield f"outgate: {self._workload}: {self.allowed} allowed, {self.denied} denied{failed}{audited}"
         for (words, reason), count in list(self._denials.items())[:MAX_SHOWN]:
             yield f"  {words}  {reason}" + (f"  ×{count}" if count > 1 else "")
             yield from (f"      {line}" for line in self._advice(words))
@@ -55,7 +75,7 @@ class Summary:
         """The smallest edit that admits it. A refused lookup is a host that was wanted: the edit names the host."""
         words = words.replace("dns://", "tls://")
         try:
-            explanation = explain(self._policy, parse_words(self._workload, words))
+            explanation = explain(self._policy, parse_words(self._workload, words, time.time()))
         except MalformedWords:
             return []
         if not explanation.edits:

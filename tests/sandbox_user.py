@@ -8,8 +8,10 @@ disk is changed.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,16 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 def as_user(command: Sequence[str], uid: int = ORDINARY_UID) -> list[str]:
     """The command line that runs `command` as `uid`. Only root may use it."""
     return [sys.executable, str(Path(__file__).resolve()), str(uid), *command]
+
+
+@functools.cache
+def why_no_sandbox() -> str:
+    """Why a sandbox cannot be had on this machine, or an empty text."""
+    driver = str(_CHECKOUT / "tests" / "proxy" / "sandbox_driver.py")
+    tried = subprocess.run(
+        [sys.executable, driver, "--", "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    return "" if tried.returncode == 0 else tried.stderr.strip() or f"exit status {tried.returncode}"
 
 
 def _closed_parents(path: Path) -> list[Path]:

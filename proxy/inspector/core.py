@@ -25,7 +25,7 @@ from addons.judge import BAD_GATEWAY, TIMEOUT, Conversation, Unreachable
 from addons.upstream import Upstream
 from policies.model import Reason
 from proxy.inspector.handover import Bounds, Handover
-from proxy.inspector.http1 import MAX_LINE, AbortConnection, ConnectionBroken, Frame, Hooks, Http, MalformedHead, Stream
+from proxy.inspector.http1 import AbortConnection, ConnectionBroken, Frame, Hooks, Http, MalformedHead, Stream
 from proxy.inspector.side import Hold, Side
 
 SWEEP_S = 1.0
@@ -299,12 +299,8 @@ class Inspection:
             self._drop_upstream()
             return
         client_side = self._http.client_side
-        waiting = len(client_side.buf)
-        if waiting > MAX_LINE:
-            self.client.hold(Hold.SENDS_AHEAD)
-        else:
-            self.client.release(Hold.SENDS_AHEAD)
-        if not waiting or not client_side.awaits_head:
+        (self.client.hold if client_side.is_ahead else self.client.release)(Hold.SENDS_AHEAD)
+        if not client_side.buf or not client_side.awaits_head:
             self._head_since = None
         elif self._head_since is None:
             self._head_since = self._active
@@ -334,6 +330,7 @@ class Inspection:
         self._dial = None
         self.client.release(Hold.DIALLING)
         self._feed(events.OpenConnectionCompleted(command, fault))
+        self._feed(events.DataReceived(self.client.connection, b""))  # now the body that came with the head is read
 
     def _refuse(self, fault: MalformedHead) -> bytes:
         reason = Reason.HELLO_TIMEOUT if fault.status == TIMEOUT else Reason.MALFORMED_REQUEST

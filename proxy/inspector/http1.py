@@ -204,6 +204,11 @@ class ClientSide(_Strict, Http1Server):
         return self.request_done and not self.response_done
 
     @property
+    def is_ahead(self) -> bool:
+        """The client has sent more than a little of what is not its turn yet."""
+        return self.awaits_response and len(self.buf) > MAX_LINE
+
+    @property
     def is_drained(self) -> bool:
         """Nothing is on its way that would be left unread by closing now."""
         return not self.buf and (self.request_done or self.awaits_head)
@@ -217,12 +222,20 @@ class ClientSide(_Strict, Http1Server):
             if head is None:
                 return
             self.request = _read_request(head)
+            if self.request.data.scheme not in (b"", b"https" if self.conn.tls else b"http"):
+                raise MalformedHead("the scheme of the target is not the one of this connection")
             size = expected_http_body_size(self.request)
         except ValueError as error:
             yield from self.refuse(error if isinstance(error, MalformedHead) else MalformedHead(str(error)))
             return
         yield ReceiveHttp(RequestHeaders(self.stream_id, self.request, size == 0))
         yield from self.await_body(size)
+
+    def read_body(self, event: events.Event) -> CommandGenerator[None]:
+        stream = self._streams.get(self.stream_id)
+        if stream and stream._paused and not is_closed(event):
+            return  # the origin is being dialled: what is read now could only pile up in the stream
+        yield from super().read_body(event)
 
     def refuse(self, fault: MalformedHead) -> CommandGenerator[None]:
         self.state = self.done

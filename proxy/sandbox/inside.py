@@ -176,7 +176,7 @@ def _reap(control: socket.socket, command: int) -> None:
 def _obey(message: bytes, command: int, tty: int | None) -> None:
     if not message:
         os._exit(NOT_STARTED)  # the gate is gone
-    with suppress(ProcessLookupError):
+    with suppress(OSError):  # it has ended, or left its session
         if message[:1] == Hear.SIGNAL:
             os.killpg(command, message[1])
             return

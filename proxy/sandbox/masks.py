@@ -44,21 +44,9 @@ _SERVICE_DIRECTORIES = (
     "/var/lib/lxd",
     "/var/snap/lxd/common/lxd",
 )
-_SERVICE_SOCKETS = (
-    "/run/docker.sock",
-    "/run/snapd.socket",
-    "/run/snapd-snap.socket",
-    "/run/acpid.socket",
-    "/run/pcscd/pcscd.comm",
-    "/run/cups/cups.sock",
-    "~/.docker/run/docker.sock",
-    "~/.docker/desktop/docker.sock",
-    "~/.colima/default/docker.sock",
-    "~/.rd/docker.sock",
-)
 # Searched for sockets two levels deep (those bound in another network namespace are not in the kernel's list here).
-_SEARCHED = ("/run", "~/.gnupg", "~/.ssh", "~/.1password")
-_DEVICES = ("/dev/uinput", "/dev/vhost-vsock", "/dev/sev", "/dev/vsock")
+_SEARCHED = ("/run", "/var/run", "~/.gnupg", "~/.ssh", "~/.1password", "~/.docker", "~/.colima", "~/.rd")
+_DEVICES = ("/dev/uinput", "/dev/vhost-vsock")  # types at the user's desktop; plays a virtual machine to the host
 
 # Variables that only say where such a service is. A program that finds none tries less.
 _SERVICE_VARIABLES = frozenset(
@@ -85,7 +73,7 @@ def find(environment: Mapping[str, str], extra: Iterable[str] = ()) -> Masks:
     searched = (*_SEARCHED, environment.get("XDG_RUNTIME_DIR", "/run"))
     files = {
         *(path for path in extra_paths if not os.path.isdir(path)),
-        *_real(path for path in (*_SERVICE_SOCKETS, *_DEVICES) if _may_write(os.path.expanduser(path))),
+        *_real(filter(_may_write, _DEVICES)),
         *_real(
             socket for root in searched for socket in _sockets_below(os.path.expanduser(root), directories, depth=2)
         ),

@@ -130,6 +130,7 @@ class Relay:
         self._loop, self._outer = loop, outer
         self._signal_command, self._continue_command = signal_command, continue_command
         self._user = _reopen(like)
+        self._ttou = signal.getsignal(signal.SIGTTOU)
         self._settings: list[int | list[bytes | int]] | None = None  # the user's own, while ours are in force
         self.output_ended = loop.create_future()
         os.set_blocking(outer, False)
@@ -138,7 +139,7 @@ class Relay:
 
     def start(self, *, take: bool) -> None:
         # Giving the terminal back must not stop us when we are no longer in its foreground.
-        self._ttou = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         self._loop.add_signal_handler(signal.SIGWINCH, copy_size, self._user, self._outer)
         self._loop.add_signal_handler(signal.SIGCONT, self.continued)
         self._output.resume()

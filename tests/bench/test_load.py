@@ -1,4 +1,4 @@
-"""How long 100,000 rules take to load, and how much memory, each in a process of its own so that peaks are its own."""
+"""How much CPU time and memory 100,000 rules take to load, each in a process of its own so that its peak is its own."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ KINDS = {
 LOADER = """
 import resource, sys, time
 from proxy.policy_files import read_policy
-start = time.perf_counter()
+start = time.process_time()
 policy = read_policy(sys.argv[1:])
-took = time.perf_counter() - start
+took = time.process_time() - start
 print(len(policy.workloads["app"].rules), took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
@@ -54,7 +54,7 @@ def test_a_hundred_thousand_rules_load(benchmark: BenchmarkFixture, tmp_path: Pa
 
     rules, took_s, peak_mib = benchmark.pedantic(load, rounds=3)  # type: ignore[no-untyped-call]  # it has no types
     benchmark.extra_info |= {"load_s": took_s, "goal_s": GOAL_S, "peak_mib": peak_mib, "goal_mib": GOAL_MIB}
-    print(f"\n{kind}: {RULES} rules in {took_s:.2f} s (goal {GOAL_S}), peak {peak_mib:.0f} MiB (goal {GOAL_MIB})")
+    print(f"\n{kind}: {RULES} rules in {took_s:.2f} CPU-s (goal {GOAL_S}), peak {peak_mib:.0f} MiB (goal {GOAL_MIB})")
 
     assert rules == RULES
     assert peak_mib <= GOAL_MIB

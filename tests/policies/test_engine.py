@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,8 @@ import yaml
 from policies.engine import Expect, admit, carries_plain, decide, expect, identify
 from policies.errors import PolicyError
 from policies.hostnames import parse_hostname
-from policies.index import Policy
-from policies.model import Action, Attempt, Dial, Reason, Stage, Tls
+from policies.index import Policy, build
+from policies.model import Action, Attempt, Dial, Place, PortRange, Reason, Stage, Tls, TransportRule, Workload
 from tests.builders import attempt, policy, rules, verdict
 
 DAY = 86400.0
@@ -77,6 +77,41 @@ class TestUntil:
         )
         check(of, "GET https://a.example/y", Reason.RULE, time=DAY)
         check(of, "GET https://a.example/x", Reason.NO_ALLOW_ENTRY, time=DAY)
+
+    GRANTS = """
+        - {host: a.example, tls: inspect}
+        - {host: a.example, tls: inspect, until: 1970-01-01, private: true, encodedSlash: literal, upgrade: [websocket]}
+    """
+
+    def test_what_an_expired_rule_granted_beside_another_is_gone(self) -> None:
+        of = rules(self.GRANTS)
+        slash = attempt("GET https://a.example/p/a%2Fb")
+        websocket = replace(attempt("GET https://a.example/"), upgrade="websocket")
+        assert verdict(of, "tls://a.example").private
+        assert verdict(of, "dns://a.example").private
+        assert decide(of, slash).is_allow
+        assert decide(of, websocket).is_allow
+        assert not verdict(of, "tls://a.example", time=DAY).private
+        assert not verdict(of, "dns://a.example", time=DAY).private
+        assert decide(of, replace(slash, time=DAY)).reason is Reason.MALFORMED_PATH
+        assert decide(of, replace(websocket, time=DAY)).reason is Reason.UPGRADE
+
+    def test_expired_rule_still_refuses_ech(self) -> None:
+        text = """
+            version: 1
+            workloads:
+              app:
+                ech: allow
+                rules: [{host: a.example}, {host: a.example, ech: deny, until: 1970-01-01}]
+        """
+        for time in (0, DAY):
+            assert decide(policy(text), replace(attempt("tls://a.example", time=time), ech=True)).reason is Reason.ECH
+
+    @pytest.mark.parametrize("time", [float("nan"), float("inf")])
+    def test_a_time_that_is_none_is_past_every_until(self, time: float) -> None:
+        of = rules("- {host: a.example, until: 2999-01-01}\n- host: b.example")
+        check(of, "tls://a.example", Reason.EXPIRED, time=time)
+        check(of, "tls://b.example", Reason.RULE, time=time)
 
 
 class TestGuard:
@@ -147,8 +182,89 @@ class TestWithoutName:
         )
         assert decide(of, replace(self.HELLO, host=parse_hostname("bad.example"))).reason is Reason.GUARD
 
+    def test_rule_by_name_admits_it_to_a_name_whose_lookup_gave_the_address(self) -> None:
+        hello = replace(self.HELLO, names=(parse_hostname("git.example"),))
+        got = decide(rules("- tcp: git.example:443"), hello)
+        assert (got.reason, got.dial, got.host) == (Reason.RULE, Dial.NAME, "git.example")
+        assert decide(rules("- tcp: git.example:22"), hello).reason is Reason.PORT
+
+    def test_sni_comes_before_the_other_names_of_its_address(self) -> None:
+        of = rules("- tcp: a.example:443\n- tcp: b.example:443")
+        hello = replace(self.HELLO, host=parse_hostname("b.example"), names=(parse_hostname("a.example"),))
+        assert decide(of, hello).host == "b.example"
+
 
 class TestOpaque:
+    SHARED = Attempt(Stage.TCP, "app", port=22, address=ip_address("203.0.113.5"))
+    CLOSED = """
+        version: 1
+        guard: [{host: bad.example, deny: all}]
+        workloads:
+          app:
+            rules: [{tcp: "git.example:22"}, {tcp: "203.0.113.0/24:22"}]
+    """
+
+    def test_one_admitted_name_is_enough_and_is_the_one_dialled(self) -> None:
+        names = (parse_hostname("bad.example"), parse_hostname("git.example"))
+        got = decide(policy(self.CLOSED), replace(self.SHARED, names=names))
+        assert (got.reason, got.dial, got.host) == (Reason.RULE, Dial.NAME, "git.example")
+
+    def test_address_rule_does_not_open_the_address_of_a_closed_name(self) -> None:
+        names = (parse_hostname("bad.example"), parse_hostname("other.example"))
+        assert decide(policy(self.CLOSED), self.SHARED).reason is Reason.RULE
+        assert decide(policy(self.CLOSED), replace(self.SHARED, names=names)).reason is Reason.GUARD
+
+    def test_private_answers_are_meant_if_one_admitting_rule_says_so(self) -> None:
+        of = rules('- tcp: "a.example:22"\n- tcp: {host: a.example, ports: [22], private: true}\n- host: a.example')
+        assert verdict(of, "tcp://a.example:22").private
+        assert verdict(of, "dns://a.example").private
+        assert not verdict(of, "tls://a.example").private
+
+    def test_dns_rule_lends_no_private_answers_to_a_name_that_is_dialled(self) -> None:
+        of = rules('- host: a.example\n- dns: "*.example"')
+        assert not verdict(of, "dns://a.example").private
+        assert verdict(of, "dns://b.example").private
+
+    def test_tag_never_reaches_private_addresses(self) -> None:
+        tagged = TransportRule(
+            place=Place("p.yaml", 1),
+            label="app/rules[0]",
+            stage=Stage.TCP,
+            host=None,
+            networks=(ip_network("10.0.0.0/24"),),
+            tag="Storage",
+            ports=(PortRange(22, 22),),
+        )
+        plain = replace(tagged, networks=(ip_network("10.0.0.0/8"),), tag=None)
+        inside = replace(self.SHARED, address=ip_address("10.0.0.1"))
+        for rules_, expected in (
+            ((tagged,), Reason.PRIVATE_ADDRESS),
+            ((plain,), Reason.RULE),
+            ((tagged, plain), Reason.RULE),
+        ):
+            of = build({"app": Workload("app", Place("p.yaml", 1), rules_)})
+            assert decide(of, inside).reason is expected
+
+
+class TestNtp:
+    PACKET = Attempt(Stage.NTP, "app", port=123, address=ip_address("203.0.113.5"))
+
+    def test_any_rule_admits_a_packet_whatever_its_address(self) -> None:
+        assert decide(rules("- ntp: t.example"), self.PACKET).reason is Reason.RULE
+        assert decide(rules("- host: t.example"), self.PACKET).reason is Reason.NO_RULE
+
+    def test_packet_needs_a_source_that_is_not_closed(self) -> None:
+        closed = '- ntp: t.example\n- {host: "*.example", deny: all}'
+        assert decide(rules(closed), self.PACKET).reason is Reason.DENY_RULE
+        assert decide(rules(closed + "\n- ntp: t.test"), self.PACKET).reason is Reason.RULE
+
+    @pytest.mark.parametrize("address", ["169.254.169.123", "127.0.0.1", "::ffff:169.254.169.123"])
+    def test_link_local_source_is_no_destination_of_a_workload(self, address: str) -> None:
+        packet = replace(self.PACKET, address=ip_address(address))
+        assert decide(rules("- ntp: t.example"), packet).reason is Reason.NEVER_REACHED
+
+
+class TestNamesOfAnAddress:
     def test_address_counts_as_the_names_whose_lookup_gave_it(self) -> None:
         of = rules("- tcp: git.example:22")
         names = tuple(map(parse_hostname, ("other.example", "git.example")))
@@ -203,6 +319,7 @@ class TestAudit:
             ("dns://b.example", Reason.NO_RULE),
             ("tcp://203.0.113.5:22", Reason.PRIVATE_ADDRESS),
             ("tcp://8.8.8.8:22", Reason.NO_RULE),
+            ("tcp://a.example:22", Reason.WRONG_PROTOCOL),
         ],
     )
     def test_what_only_a_missing_rule_refuses_passes(self, words: str, reason: Reason) -> None:
@@ -219,6 +336,33 @@ class TestAudit:
     )
     def test_the_rest_stays_denied(self, words: str) -> None:
         assert verdict(policy(self.OF), words).action is Action.DENY
+
+    @pytest.mark.parametrize("host", ["a.example", "b.example"])
+    def test_malformed_path_stays_denied_on_every_host(self, host: str) -> None:
+        closed = self.OF.rstrip() + "\n              - {host: b.example, deny: all}\n"
+        request = replace(attempt(f"GET https://{host}/"), target="/x/%2e%2e/y")
+        assert decide(policy(closed), request).reason is Reason.MALFORMED_PATH
+
+    @pytest.mark.parametrize("words", ["tls://b.example", "tls://a.example:8443"])
+    def test_ech_stays_denied_without_a_rule_too(self, words: str) -> None:
+        of = policy(self.OF)
+        assert decide(of, replace(attempt(words), ech=True)).reason is Reason.ECH
+        allowed = policy(self.OF.replace("mode: audit", "mode: audit\n            ech: allow"))
+        assert decide(allowed, replace(attempt(words), ech=True)).is_allow
+
+    @pytest.mark.parametrize("host", ["a.example", "b.example"])
+    def test_h2c_stays_denied_on_every_host(self, host: str) -> None:
+        request = replace(attempt(f"GET https://{host}/y"), upgrade="h2c")
+        assert decide(policy(self.OF), request).reason is Reason.UPGRADE
+
+    @pytest.mark.parametrize("words", ["tls://a.example:8443", "GET https://a.example/y", "tcp://a.example:22"])
+    def test_name_whose_private_answers_are_meant_stays_reachable(self, words: str) -> None:
+        of = policy(self.OF.replace("allow:", "private: true, allow:"))
+        assert admit(verdict(of, words), ip_address("10.0.0.1")).is_allow
+        assert not admit(verdict(of, words), ip_address("127.0.0.1")).is_allow
+
+    def test_opaque_bytes_are_not_refused_by_waiting_for_a_hello(self) -> None:
+        assert expect(policy(self.OF), "app", 22) is Expect.EITHER
 
     def test_private_answer_for_an_unnamed_name_stays_denied(self) -> None:
         got = admit(verdict(policy(self.OF), "tls://b.example"), ip_address("10.0.0.1"))
@@ -274,6 +418,38 @@ class TestContradictions:
                 'workloads: {app: {rules: [{host: "*.example"}]}}'
             )
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '[{host: "*.example"}, {host: a.example, tls: inspect}]',
+            '[{host: "*.example"}, {host: "*.b.example", tls: inspect}, {host: a.example, deny: all}]',
+            '[{host: "*.example", deny: all}]',
+            '[{host: "*.example", ports: [80]}]',
+        ],
+    )
+    def test_guard_entry_below_a_wildcard_that_does_not_carry_its_names_is_none(self, text: str) -> None:
+        guard = '[{host: a.example, deny: ["* /x"]}, {host: "*.b.example", deny: all}]'
+        policy(f"version: 1\nguard: {guard}\nworkloads: {{app: {{rules: {text}}}}}")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '[{host: "*.example"}, {host: b.example, tls: inspect}]',
+            '[{host: "*.x.example"}]',
+            '[{host: "*.example", tls: inspect}, {host: y.x.example}]',
+        ],
+    )
+    def test_guard_entry_for_a_wildcard_is_inherited_and_inherits(self, text: str) -> None:
+        guard = '[{host: "*.x.example", deny: ["* /x"]}]'
+        with pytest.raises(PolicyError, match="cannot be seen"):
+            policy(f"version: 1\nguard: {guard}\nworkloads: {{app: {{rules: {text}}}}}")
+
+    def test_allow_entry_on_a_tls_port_beside_a_plain_one_is_an_error(self) -> None:
+        with pytest.raises(PolicyError, match="cannot be seen"):
+            rules('- {host: a.example, ports: [80, 443], allow: ["GET /x"]}')
+        with pytest.raises(PolicyError, match='port 443 is passed through undecrypted, so "GET /x"'):
+            rules('- {host: a.example, ports: [80], allow: ["GET /x"], deny: ["GET /x"]}\n- host: a.example')
+
     def test_different_tls_on_disjoint_ports_is_none(self) -> None:
         rules("- {host: a.example, tls: inspect}\n- {host: a.example, ports: [8443]}")
 
@@ -301,6 +477,13 @@ class TestWorkloads:
     def test_longest_prefix_names_the_workload(self, address: str, name: str) -> None:
         assert identify(policy(self.OF), ip_address(address)) == name
 
+    def test_unknown_workload_may_have_rules(self) -> None:
+        of = policy("version: 1\nworkloads: {unknown: {rules: [{host: a.example}]}}")
+        unknown = identify(of, ip_address("10.1.2.3"))
+        assert decide(of, attempt("tls://a.example", workload=unknown)).reason is Reason.RULE
+        assert decide(of, attempt("tls://b.example", workload=unknown)).reason is Reason.NO_RULE
+        assert decide(of, attempt("tls://a.example", workload="app")).reason is Reason.UNKNOWN_WORKLOAD
+
     def test_unknown_workload_is_denied(self) -> None:
         assert decide(policy(self.OF), attempt("tls://a.example", workload="unknown")).reason is Reason.UNKNOWN_WORKLOAD
 
@@ -313,6 +496,20 @@ class TestPorts:
     )
     def test_what_a_port_expects(self, port: int, expected: Expect) -> None:
         assert expect(rules(self.OF), "app", port) is expected
+
+    @pytest.mark.parametrize(
+        ("guard", "rule", "expected"),
+        [
+            ("[{host: bad.example, deny: all}]", "8.8.8.0/24:22", Expect.EITHER),
+            ("[{host: bad.example, deny: all}]", "git.example:22", Expect.OPAQUE),
+            ("[]", "8.8.8.0/24:22", Expect.OPAQUE),
+        ],
+    )
+    def test_closed_name_is_looked_for_where_an_address_rule_could_carry_it(
+        self, guard: str, rule: str, expected: Expect
+    ) -> None:
+        of = policy(f'version: 1\nguard: {guard}\nworkloads: {{app: {{rules: [{{tcp: "{rule}"}}]}}}}')
+        assert expect(of, "app", 22) is expected
 
     @pytest.mark.parametrize(("port", "plain"), [(80, True), (8080, True), (443, False), (22, False)])
     def test_which_ports_carry_plain_http(self, port: int, plain: bool) -> None:

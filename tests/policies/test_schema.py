@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
+from policies.cases import run
 from policies.document import DEFINITIONS
 from policies.errors import PolicyError
 from policies.load import Source, load
 from policies.schema import schema
+from proxy.policy_files import read_policy
 from tests.policies.trees import read_python
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,29 @@ def test_every_key_is_described() -> None:
         return missing + [found for inner in part.values() for found in undescribed(inner)]
 
     assert undescribed(schema()) == []
+
+
+def keys_of(part: object) -> set[str]:
+    if isinstance(part, list):
+        return {key for item in part for key in keys_of(item)}
+    if not isinstance(part, dict):
+        return set()
+    return set(part.get("properties", {})) | {key for inner in part.values() for key in keys_of(inner)}
+
+
+def test_the_manual_names_every_key() -> None:
+    manual = (ROOT / "docs" / "policy.md").read_text()
+
+    assert [key for key in sorted(keys_of(schema())) if f"`{key}`" not in manual and f".{key}`" not in manual] == []
+
+
+def test_the_first_policy_of_the_manual_loads_and_its_tests_pass(tmp_path: Path) -> None:
+    manual = (ROOT / "docs" / "policy.md").read_text()
+    file = tmp_path / "p.yaml"
+    file.write_text(manual.partition("```yaml\n")[2].partition("```")[0])
+
+    results = run(read_policy([str(file)]), 0.0)
+    assert [result.is_pass for result in results] == [True, True]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))

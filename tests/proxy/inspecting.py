@@ -162,7 +162,7 @@ class Rig:
     policy: str = POLICY
     bounds: Bounds = field(default_factory=Bounds)
     respond: Respond = lambda _head, _sock: response()
-    origin_name: str = HOST
+    origin_names: tuple[str, ...] = (HOST,)
     plain: bool = False
     authority: Authority = field(default_factory=lambda: create_authority(datetime.now(UTC)))
     records: list[Record] = field(default_factory=list)
@@ -174,7 +174,7 @@ class Rig:
         context = None
         if not self.plain:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self.origin_ca.issue_cert(self.origin_name).configure_cert(context)
+            self.origin_ca.issue_cert(*self.origin_names).configure_cert(context)
         self.origin = Origin(context, self.respond)
         self.roots = self.directory / "roots.pem"
         self.roots.write_bytes(certificates_pem(*(root.certificate for root in self.authority.roots)))
@@ -275,7 +275,7 @@ class Rig:
         """What comes back for these bytes until the gate closes, or has answered one request whole."""
         with self.connect(host) as sock:
             sock.sendall(request)
-            return read_reply(sock)
+            return read_reply(sock)[0]
 
     def curl(self, url: str, *options: str) -> subprocess.CompletedProcess[bytes]:
         """curl, as a workload would run it: transparently led to the gate."""
@@ -310,25 +310,26 @@ class Reply:
 NOTHING = Reply(0, {}, b"")
 
 
-def read_reply(sock: socket.socket, buffered: bytes = b"") -> Reply:
-    """One response, by its Content-Length; NOTHING when the connection ends before its head is whole."""
+def read_reply(sock: socket.socket, buffered: bytes = b"") -> tuple[Reply, bytes]:
+    """One response by its Content-Length, and what was read beyond it; NOTHING when there is no whole head."""
     try:
         while b"\r\n\r\n" not in buffered:
             data = sock.recv(65536)
             if not data:
-                return NOTHING
+                return NOTHING, b""
             buffered += data
         head, _, body = buffered.partition(b"\r\n\r\n")
         first, *lines = head.decode("latin-1").split("\r\n")
         fields = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        while len(body) < int(fields.get("content-length", 0)):
+        length = int(fields.get("content-length", 0))
+        while len(body) < length:
             data = sock.recv(65536)
             if not data:
                 break
             body += data
     except OSError:
-        return NOTHING
-    return Reply(int(first.split()[1]), fields, body)
+        return NOTHING, b""
+    return Reply(int(first.split()[1]), fields, body[:length]), body[length:]
 
 
 def get(target: str = "/search", *, host: str = HOST, method: str = "GET", fields: str = "") -> bytes:

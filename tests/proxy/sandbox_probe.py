@@ -256,6 +256,8 @@ def main() -> None:
         "take lo down": change_routes,
         "delete the route": delete_route,
         "kernel.core_pattern": lambda: write_file("/proc/sys/kernel/core_pattern"),
+        "/sys is read-only": lambda: bool(os.statvfs("/sys").f_flag & os.ST_RDONLY),
+        "shared memory": lambda: check(libc.shmget(asked["memory_key"], 0, 0)),
         "sysrq": lambda: write_file("/proc/sysrq-trigger"),
         "memory of process 1": lambda: read_file("/proc/1/environ"),
         "signal to the gate": lambda: kill_outer(asked["outer_pid"]),

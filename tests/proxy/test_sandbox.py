@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sandbox_user import ORDINARY_UID, as_user
+from tests.sandbox_user import ORDINARY_UID, as_user, why_no_sandbox
 
 HERE = Path(__file__).resolve().parent
 DRIVER = HERE / "sandbox_driver.py"
@@ -24,14 +25,6 @@ PROBE = HERE / "sandbox_probe.py"
 TIMEOUT_S = 60.0
 
 pytestmark = pytest.mark.kernel
-
-
-def probe_namespaces() -> str:
-    """Why a sandbox cannot be had on this machine, or an empty text."""
-    tried = subprocess.run(
-        [sys.executable, str(DRIVER), "--", "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    return "" if tried.returncode == 0 else tried.stderr.strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +53,7 @@ class Who:
 
 @pytest.fixture(scope="session", params=["root", "user"])
 def who(request: pytest.FixtureRequest) -> Iterator[Who]:
-    if reason := probe_namespaces():
+    if reason := why_no_sandbox():
         pytest.skip(reason)
     if request.param == "root" and os.getuid() != 0:
         pytest.skip("the tests do not run as root")
@@ -101,10 +94,14 @@ def probed(who: Who) -> Probed:
         "masked_directory": str(directory),
         "abstract": abstract,
         "outer_pid": os.getpid(),
+        "memory_key": os.getpid(),
     }
     options = ["--tcp", "8443", "--udp", "123", "--hide", str(directory), "--report", str(report)]
     environment = os.environ | {"SOME_AGENT_SOCK": str(hidden), "SSH_AUTH_SOCK": str(hidden)}
     inheritable, other_end = os.pipe()
+    libc = ctypes.CDLL(None)
+    memory = libc.shmget(asked["memory_key"], 4096, 0o1666)  # IPC_CREAT, for everyone
+    assert memory >= 0
     with listen_unix(str(hidden)), listen_unix(str(directory / "outer.sock")), listen_unix("\0" + abstract):
         for address in (str(hidden), str(directory / "outer.sock"), "\0" + abstract):
             with socket.socket(socket.AF_UNIX) as control:
@@ -121,6 +118,7 @@ def probed(who: Who) -> Probed:
         )
     os.close(inheritable)
     os.close(other_end)
+    libc.shmctl(memory, 0, None)  # IPC_RMID
     assert done.returncode == 0, done.stderr
     told = json.loads(report.read_text())
     return Probed(json.loads(done.stdout), told["attempts"], told["took_ms"])
@@ -169,6 +167,7 @@ def test_there_is_no_device_but_loopback(probed: Probed) -> None:
     ("attempt", "expected"),
     [
         ("abstract socket", "ECONNREFUSED"),
+        ("shared memory", "ENOENT"),
         ("hidden socket", "ECONNREFUSED"),
         ("socket in a masked directory", "ENOENT"),
         ("listing a masked directory", "[]"),
@@ -256,6 +255,10 @@ def test_the_kernels_switches_are_read_only(probed: Probed, attempt: str, path: 
     if not os.path.exists(path):
         pytest.skip(f"this kernel has no {path}")
     assert probed.outcomes[attempt] in ("EROFS", "EACCES")  # EACCES: the owner is another user
+
+
+def test_sys_is_read_only(probed: Probed) -> None:
+    assert probed.outcomes["/sys is read-only"] == "True"
 
 
 def test_set_up_takes_milliseconds(probed: Probed) -> None:
