@@ -299,7 +299,7 @@ class Connection:
         if self._first is First.TLS:
             return render_alert(_ALERTS.get(verdict.reason, Alert.ACCESS_DENIED))
         if self._first is First.HTTP and self._attempt is not None:
-            status = BAD_GATEWAY if verdict.reason in _ALERTS else FORBIDDEN
+            status = BAD_GATEWAY if verdict.reason is Reason.GATE_FAILED else FORBIDDEN
             return answer(Judgement(id, self._attempt, verdict, status), closes=True).to_bytes()
         return b""
 
@@ -406,7 +406,7 @@ class Connection:
                 verdict,
                 id=id,
                 source=self.source,
-                destination=(str(address), port),
+                destination=None if address is _NOWHERE else (str(address), port),
                 started=self._opened if flow else None,
                 bytes_sent=flow.sent if flow else None,
                 bytes_received=flow.received if flow else None,

@@ -40,7 +40,6 @@ class Epoll:
     """
 
     def __init__(self, crashed: Failed) -> None:
-        self.now = time.monotonic()  # of the current round
         self._crashed = crashed
         self._loop = asyncio.get_running_loop()
         self._epoll = select.epoll()
@@ -64,6 +63,11 @@ class Epoll:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    @property
+    def now(self) -> float:
+        """The clock of deadlines, in seconds."""
+        return time.monotonic()
 
     # --- descriptors ---
 
@@ -94,7 +98,6 @@ class Epoll:
             self._removed.add(fd)
 
     def _dispatch(self) -> None:
-        self.now = time.monotonic()
         for _ in range(ROUNDS):
             batch = self._epoll.poll(0, BATCH)
             if not batch:
@@ -133,7 +136,7 @@ class Epoll:
     def watch(self, who: Timed) -> None:
         """Call `who.expired()` once, within a tick after `who.deadline`."""
         if not self._bucket_of:
-            self._next_bucket = int(time.monotonic() / TICK_S)
+            self._next_bucket = int(self.now / TICK_S)
             if self._timer is None:
                 self._timer = self._loop.call_later(TICK_S, self._tick)
         else:
@@ -145,6 +148,8 @@ class Epoll:
         number = self._bucket_of.pop(who, None)
         if number is not None and (bucket := self._buckets.get(number)) is not None:
             bucket.discard(who)
+            if not bucket:
+                del self._buckets[number]
 
     def _file(self, who: Timed) -> None:
         number = max(int(who.deadline / TICK_S) + 1, self._next_bucket)
@@ -152,14 +157,14 @@ class Epoll:
         self._buckets.setdefault(number, set()).add(who)
 
     def _tick(self) -> None:
-        self.now = time.monotonic()
-        last = int(self.now / TICK_S)
+        now = self.now
+        last = int(now / TICK_S)
         for number in range(self._next_bucket, last + 1):
             self._next_bucket = number + 1
             for who in self._buckets.pop(number, ()):
                 if self._bucket_of.get(who) != number:
                     continue  # unwatched by one that expired before it
-                if who.deadline > self.now:
+                if who.deadline > now:
                     self._file(who)
                     continue
                 del self._bucket_of[who]

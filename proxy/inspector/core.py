@@ -347,7 +347,7 @@ class Inspection:
             self._feed(ConnectionBroken(connection))
 
     def _crash(self, error: Exception) -> None:
-        """An exception of ours ends this connection alone. Its requests are recorded, and answered if that is possible."""
+        """An exception of ours ends this connection alone. Its requests are recorded, and answered if they still can be."""
         self._is_broken = True
         self.core.failed(error)
         note = type(error).__name__

@@ -41,7 +41,8 @@ def test_connection_through_the_gate(
             assert converse(origin)() == CONNECTIONS
             direct_s.append(time.perf_counter() - started)
         used = cpu_s()
-        done = benchmark.pedantic(converse(it.address), rounds=ROUNDS, warmup_rounds=1)
+        done = benchmark.pedantic(converse(it.address), rounds=ROUNDS, warmup_rounds=1)  # type: ignore[no-untyped-call]  # theirs
+        assert benchmark.stats is not None
         assert done == (CONNECTIONS if name == "a.example" else 0)
         cpu_ms = (cpu_s() - used) * 1000 / (CONNECTIONS * (ROUNDS + 1))
         assert len(it.records) == CONNECTIONS * (ROUNDS + 1)

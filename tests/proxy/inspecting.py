@@ -21,7 +21,7 @@ import trustme
 from pki.authority import Authority, certificates_pem, create_authority, key_pem
 from policies.hostnames import parse_hostname
 from policies.load import Source
-from proxy.inspector.handover import Bounds, Configuration, Handover
+from proxy.inspector import Bounds, Configuration, Handover, Inspector
 from proxy.inspector.wiring import wire
 from proxy.record import Record, new_id
 from proxy.wire.client_hello import parse_hello
@@ -164,18 +164,25 @@ class Rig:
     respond: Respond = lambda _head, _sock: response()
     origin_names: tuple[str, ...] = (HOST,)
     plain: bool = False
+    trusted: bool = True  # the gate trusts the CA of the origin
+    refuses: bool = False  # nobody listens where the origin should
+    in_process: bool = False  # the real inspector process, else its core on the loop of the test
     authority: Authority = field(default_factory=lambda: create_authority(datetime.now(UTC)))
     records: list[Record] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
 
     def __enter__(self) -> Self:
-        self.origin_ca = trustme.CA()
-        self.origin_ca.cert_pem.write_to_path(str(self.directory / "origin-ca.pem"))
+        authority = trustme.CA()
+        trusted = authority if self.trusted else trustme.CA()
+        trusted.cert_pem.write_to_path(str(self.directory / "origin-ca.pem"))
         context = None
         if not self.plain:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self.origin_ca.issue_cert(*self.origin_names).configure_cert(context)
+            authority.issue_cert(*self.origin_names).configure_cert(context)
         self.origin = Origin(context, self.respond)
+        if self.refuses:
+            self.origin.close()
         self.roots = self.directory / "roots.pem"
         self.roots.write_bytes(certificates_pem(*(root.certificate for root in self.authority.roots)))
         self._ready = threading.Event()
@@ -188,7 +195,8 @@ class Rig:
     def __exit__(self, *_: object) -> None:
         self.loop.call_soon_threadsafe(self._over.set)
         self._thread.join(WAIT_S)
-        self.origin.close()
+        if not self.refuses:
+            self.origin.close()
 
     def configuration(self) -> Configuration:
         return Configuration(
@@ -210,7 +218,10 @@ class Rig:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
-        self.core = wire(self.configuration(), self.records.append, self.failures.append)
+        if self.in_process:
+            self.inspector = Inspector(self.configuration(), self.records.append, self.log.append)
+        else:
+            self.core = wire(self.configuration(), self.records.append, self.failures.append)
         tasks: set[asyncio.Task[None]] = set()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
@@ -220,8 +231,10 @@ class Rig:
             await self._over.wait()
             for task in (accepting, *tasks):
                 task.cancel()
-            await asyncio.gather(accepting, *tasks, return_exceptions=True)
-            self.core.close()
+            for ended in await asyncio.gather(accepting, *tasks, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    self.failures.append(ended)
+            (self.inspector if self.in_process else self.core).close()
             await asyncio.sleep(0.05)  # transports tell their protocols of the end
 
     async def _accept(self, listener: socket.socket, tasks: set[asyncio.Task[None]]) -> None:
@@ -244,7 +257,10 @@ class Rig:
             destination=None,
             opened=time.time(),
         )
-        await self.core.serve(sock, handover)
+        if self.in_process:
+            self.inspector.inspect(sock, handover)
+        else:
+            await self.core.serve(sock, handover)
 
     async def _peek(self, sock: socket.socket) -> str | None:
         while True:
@@ -283,10 +299,13 @@ class Rig:
         command += ["--connect-to", f"::127.0.0.1:{self.port}", *options, url]
         return subprocess.run(command, capture_output=True, timeout=60)
 
-    def wait_for_records(self, count: int) -> list[Record]:
+    def wait_for(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + WAIT_S
-        while len(self.records) < count and time.monotonic() < end:
-            time.sleep(0.005)
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def wait_for_records(self, count: int) -> list[Record]:
+        self.wait_for(lambda: len(self.records) >= count)
         return self.records
 
 

@@ -185,6 +185,7 @@ def test_deadline_moves_later_by_itself_and_earlier_by_watching_again(loop: Loop
 
     loop.call(arrange)
     eventually(lambda: later.rang and earlier.rang)
+    assert loop.call(lambda: (loop.epoll._buckets, loop.epoll._bucket_of)) == ({}, {})  # nothing is left behind
     assert later.rang[0] >= now + 0.5
     assert earlier.rang[0] < now + 30
     assert gone.rang == []

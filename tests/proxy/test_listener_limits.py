@@ -74,6 +74,20 @@ def test_partial_hello_does_not_spin() -> None:
         assert it.records == []
 
 
+def test_hello_larger_than_the_socket_buffer_does_not_spin() -> None:
+    """The kernel wakes us for less than asked when the buffer is full; what is missing can never come."""
+    with gate(A, limits=Limits(hello_s=1.0)) as it, socket.create_server(("127.0.0.1", 0)) as small:
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        address = small.getsockname()
+        it.loop.call(lambda: it.listener.serve(small))
+        with socket.create_connection(address, timeout=20) as client:
+            used = cpu_s()
+            client.sendall(records(message([server_name(b"a.example"), (21, bytes(9000))])))
+            assert_reset(client)
+            assert it.record()["reason"] == "hello_timeout"
+            assert cpu_s() - used < 0.4
+
+
 def test_hello_of_one_byte_records_in_one_byte_segments_costs_little() -> None:
     data = records(message([server_name(b"b.example"), (21, bytes(1500))]), *[1] * 2000)
     with gate(A) as it, it.connect() as client:
