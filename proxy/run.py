@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policies.index import Policy
-from proxy.commands.gate import (
+from proxy.options import (
     GateOptions,
     Unready,
     load_authority,
@@ -136,7 +136,7 @@ def _authority(options: GateOptions) -> Authority:
 def _environment(options: GateOptions, authority: Authority, settings: Settings, trust: Path) -> dict[str, str]:
     """The command's environment: every runtime trusts the gate, and `outgate why` knows where it is."""
     from pki.authority import certificates_pem
-    from pki.distribution import environment, trust_files
+    from pki.distribution import MalformedBundle, environment, trust_files
     from pki.trust import TrustError, public_roots, write_trust
 
     try:
@@ -144,15 +144,25 @@ def _environment(options: GateOptions, authority: Authority, settings: Settings,
     except TrustError as error:
         print(f"outgate: {error}; inside, only inspected hosts will be trusted", file=sys.stderr)
         public = b""
-    if settings.upstream_ca:  # what the gate accepts upstream the command accepts on passthrough
-        public += b"\n" + Path(settings.upstream_ca).read_bytes()
     roots = certificates_pem(*(root.certificate for root in authority.roots))
-    write_trust(trust, trust_files(str(trust), roots, public))
+    if settings.upstream_ca:  # what the gate accepts upstream the command accepts on passthrough
+        roots += b"\n" + Path(settings.upstream_ca).read_bytes()
+    try:
+        files = trust_files(str(trust), roots, public)
+    except MalformedBundle as error:
+        raise Unready(f"the trust bundle: {error}") from error
+    write_trust(trust, files)
     kept = {name: value for name, value in os.environ.items() if name.lower() not in PROXY_VARIABLES}
     return environment(str(trust), kept).over(kept) | {
-        "OUTGATE_POLICY": os.pathsep.join(str(Path(path).resolve()) for path in options.paths),
+        "OUTGATE_POLICY": _joined(options.paths),
+        "OUTGATE_TAGS": _joined(options.tags),
         "OUTGATE_WORKLOAD": settings.workload or "",
     }
+
+
+def _joined(paths: Sequence[str]) -> str:
+    """Paths as click reads them from a variable; the command may change its directory."""
+    return os.pathsep.join(str(Path(path).resolve()) for path in paths)
 
 
 def _ports(policy: Policy, workload: str) -> Ports:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from policies.tree import Source
 
 NTP_PORT = 123
+SETTLE_S = 0.25
+SETTLE_TURNS = 4  # of the loop: epoll reports, a door accepts, a hello is peeked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,8 @@ class Gate:
         self._closed_ports = ClosedPorts(sandbox.packets, self._note_closed_port, asyncio.get_running_loop())
 
     async def close(self) -> None:
-        """End every flow; their records are written by then, but for those of the inspector's."""
+        """Judge what has arrived, then end every flow. All records are written by then."""
+        await self._settle()
         if self._closed_ports:
             self._closed_ports.close()
         for task in self._tasks:
@@ -132,8 +135,17 @@ class Gate:
         self._listener.close()
         self._epoll.close()
         if self._inspector:
-            self._inspector.close()
+            await self._inspector.drain()
         await self._resolver.close()
+
+    async def _settle(self) -> None:
+        """A command may say its last words and end at once: they are in the kernel's queues, and are attempts too."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + SETTLE_S
+        for _ in range(SETTLE_TURNS):
+            await asyncio.sleep(0)
+        while self._listener.open_connections and loop.time() < end:
+            await asyncio.sleep(SETTLE_S / 50)
 
     def _identify(self, address: Address) -> str:
         return self._settings.workload or identify(self._policy, address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
 import sys
@@ -12,7 +13,8 @@ from ipaddress import ip_address
 from pki.authority import Authority, create_authority
 from policies.index import Policy
 from policies.model import HostRule, Tls
-from proxy.commands.gate import (
+from proxy.decision_log import DecisionLog, open_log
+from proxy.options import (
     GateOptions,
     Unready,
     load_authority,
@@ -20,7 +22,6 @@ from proxy.commands.gate import (
     settings_of,
     warn_of_closed_rules,
 )
-from proxy.decision_log import DecisionLog, open_log
 from proxy.original_dst import redirected_dst
 from proxy.runtime import Gate, Settings
 
@@ -41,6 +42,10 @@ def serve(options: GateOptions, listen: str) -> int:
         for line in str(error).splitlines():
             print(f"outgate: {line}", file=sys.stderr)
         return NOT_STARTED
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (hard, hard)
+    )  # a flow takes two descriptors, up to six when it is blocked
     try:
         asyncio.run(_serve(policy, settings, door, log))
     finally:

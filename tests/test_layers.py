@@ -20,7 +20,7 @@ IMPURE = {
     "asyncio", "datetime.now", "glob", "io", "logging", "os", "pathlib", "random", "secrets", "select", "selectors",
     "shutil", "signal", "socket", "ssl", "structlog", "subprocess", "tempfile", "threading", "time", "multiprocessing",
 }  # fmt: skip
-WIRING = {"proxy/runtime.py", "proxy/run.py", "proxy/serve.py"}
+WIRING = {"proxy/runtime.py", "proxy/options.py", "proxy/run.py", "proxy/serve.py", "proxy/advisory.py"}
 ENTRY = {"proxy/cli.py", "proxy/__main__.py"}
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from proxy.commands.gate import GateOptions, gate_options
+from proxy.commands.gate import gate_options
+from proxy.options import GateOptions
 
 EPILOG = """\b
 Connections reach it by nft REDIRECT (or iptables -j REDIRECT); a connection made to its own port is refused.

@@ -103,6 +103,9 @@ class Core:
             self._lost(handover, Reason.HELLO_TIMEOUT, str(error))
         except OSError as error:
             self._lost(handover, Reason.CLIENT_GONE, errno.errorcode.get(error.errno or 0, ""))
+        except asyncio.CancelledError:
+            self._lost(handover, Reason.CLIENT_GONE, "the gate stopped")
+            raise
         except Exception as error:
             sock.close()
             self._lost(handover, Reason.GATE_FAILED, type(error).__name__)
@@ -132,6 +135,11 @@ class Core:
 
     def end(self, inspection: Inspection) -> None:
         self._inspections.discard(inspection)
+
+    @property
+    def is_idle(self) -> bool:
+        """No connection is open."""
+        return not self._inspections
 
     def hold(self, is_held: bool) -> None:
         """Read no more requests while the gate is behind with our records."""
@@ -238,7 +246,8 @@ class Inspection:
                 self._conversation.failure = Unreachable(Reason.UPSTREAM_TIMEOUT, note)
                 self._drop_upstream()
             else:
-                self._carry_out([commands.CloseConnection(self.client.connection)])
+                close = commands.CloseConnection if client_side.is_drained else AbortConnection
+                self._carry_out([close(self.client.connection)])
 
     def cut(self) -> None:
         for side in {self.client, *self._sides.values()}:
@@ -347,18 +356,25 @@ class Inspection:
             self._feed(ConnectionBroken(connection))
 
     def _crash(self, error: Exception) -> None:
-        """An exception of ours ends this connection alone. Its requests are recorded, and answered if they still can be."""
+        """An exception of ours ends this connection alone; its requests are recorded, and answered if possible."""
         self._is_broken = True
         self.core.failed(error)
-        note = type(error).__name__
+        try:
+            self._account_for(type(error).__name__)
+        except Exception as another:
+            self.core.failed(another)
+            self.cut()
+
+    def _account_for(self, note: str) -> None:
         client_side = self._http.client_side
-        streams = [one for one in self._http.streams.values() if isinstance(one, Stream) and hasattr(one, "flow")]
+        streams = [one for one in self._http.streams.values() if isinstance(one, Stream) and one.is_judged]
         for stream in streams:
             self._conversation.failure = Unreachable(Reason.GATE_FAILED, note)
             stream.call("error")
         if not streams:
             reply = self.core.refuse(self._conversation, note, BAD_GATEWAY, Reason.GATE_FAILED)
-            self._obey(commands.SendData(self.client.connection, reply))
+            if client_side.response is None:
+                self._obey(commands.SendData(self.client.connection, reply))
         for command in client_side.end(streams[0] if streams else None):
             self._obey(command)
         self._drop_upstream()

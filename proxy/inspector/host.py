@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import IO
 
@@ -30,6 +32,7 @@ START_S = 20.0  # a process that is not ready by then never will be
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 30.0
 SETTLED_S = 60.0  # it ran so long: the next failure is a new one
+DRAIN_S = 1.0  # what clients that are gone have left behind is judged and recorded within it
 MAX_UNREAD = 64 * 1024
 
 
@@ -52,6 +55,7 @@ class Inspector:
         self._started = 0.0
         self._pause_s = FIRST_PAUSE_S
         self._not_before = 0.0
+        self._drained: asyncio.Event | None = None
 
     @property
     def pid(self) -> int | None:
@@ -61,16 +65,28 @@ class Inspector:
     def inspect(self, sock: socket.socket, handover: Handover) -> None:
         """Take over `sock`, of which nothing was read. Never blocks and never raises."""
         self.start()
-        if self._channel is None or len(self._channel) + len(self._waiting) >= MAX_WAITING:
+        if self._channel is None or self._channel.unsent + len(self._waiting) >= MAX_WAITING:
             self._refuse(sock, handover)
         elif self._is_ready:
             self._channel.send(handover.to_bytes(), sock)
         else:
             self._waiting.append((sock, handover))
 
+    async def drain(self) -> None:
+        """End the process when it has finished what it was given, and told of it; within DRAIN_S in any case."""
+        if self._channel is None:
+            return
+        self._drained = asyncio.Event()
+        if self._is_ready or not self._waiting:
+            self._channel.end()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await self._drained.wait()
+        self.close()
+
     def close(self) -> None:
-        """End the process, and with it every connection it has."""
-        if self._channel:
+        """End the process, and with it every connection it has. Records still under way are lost; `drain` waits."""
+        if self._channel is not None:
             self._stop()
 
     def start(self) -> None:
@@ -124,9 +140,14 @@ class Inspector:
         waiting, self._waiting = self._waiting, []
         for sock, handover in waiting:
             self.inspect(sock, handover)
+        if self._drained and self._channel is not None:
+            self._channel.end()
 
     def _lose(self) -> None:
         """The process is gone, or has not become ready in time."""
+        if self._drained:
+            self._drained.set()
+            return
         self._log(f"the inspector ended; it is started again, not before {self._pause_s:g} s from now")
         self._stop()
         self._pause()
@@ -140,7 +161,7 @@ class Inspector:
     def _stop(self) -> None:
         if self._deadline:
             self._deadline.cancel()
-        if self._channel:
+        if self._channel is not None:
             for message, carried in self._channel.close():
                 if isinstance(carried, socket.socket):
                     self._refuse(carried, Handover.from_bytes(message))
@@ -156,6 +177,7 @@ class Inspector:
     def _refuse(self, sock: socket.socket, handover: Handover) -> None:
         """Say so in the client's own protocol, record it, close."""
         stage = Stage.HTTP if handover.plain else Stage.TLS
+        reason = Reason.CLIENT_GONE if _has_gone(sock) else Reason.GATE_FAILED
         attempt = Attempt(
             stage,
             handover.workload,
@@ -163,9 +185,9 @@ class Inspector:
             handover.port,
             time=handover.opened,
             plain=handover.plain,
-            fault=Reason.GATE_FAILED,
+            fault=reason,
         )
-        verdict = Verdict(Action.DENY, Reason.GATE_FAILED, stage)
+        verdict = Verdict(Action.DENY, reason, stage)
         reply = render_alert(Alert.INTERNAL_ERROR)
         if handover.plain:
             judgement = Judgement(handover.id, attempt, verdict, BAD_GATEWAY, "the inspector is not running")
@@ -187,6 +209,12 @@ class Inspector:
                 started=handover.opened,
             )
         )
+
+
+def _has_gone(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _memory(content: bytes) -> IO[bytes]:

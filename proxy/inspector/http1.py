@@ -51,7 +51,7 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHook
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Connection, Http1Server, make_body_reader
 
-from addons.gate import ANSWER, MALFORMED_BODY
+from addons.gate import ANSWER, JUDGEMENT, MALFORMED_BODY
 from addons.judge import BAD_REQUEST, METHOD_NOT_ALLOWED, TOO_LARGE
 
 type Hooks = Mapping[str, Sequence[Callable[[http.HTTPFlow], None]]]
@@ -340,6 +340,10 @@ class Stream(HttpStream):
                 reply = None
             else:
                 reply = yield command
+
+    @property
+    def is_judged(self) -> bool:
+        return hasattr(self, "flow") and JUDGEMENT in self.flow.metadata
 
     def call(self, name: str) -> None:
         for hook in self._hooks.get(name, ()):

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from proxy.record import Record
 
 MAX_BACKLOG = 64  # messages of records that the gate has not taken: no more requests are read until it has
+GRACE_S = 0.5  # at the end, for requests under way
+FLUSH_S = 0.2  # and for their records
+TURN_S = 0.005
 _PR_SET_PDEATHSIG = 1
 
 
@@ -53,7 +56,7 @@ async def _serve(sock: socket.socket) -> None:
     over = asyncio.Event()
     inspector = _Inspector(sock, over.set)
     await over.wait()
-    inspector.close()
+    await inspector.drain()
 
 
 class _Inspector:
@@ -66,12 +69,25 @@ class _Inspector:
         self._tasks: set[asyncio.Task[None]] = set()
         self._records: list[Record] = []
 
-    def close(self) -> None:
-        self._channel.close()
+    async def drain(self) -> None:
+        """Serve to its end what clients have left behind, cut what lasts longer, and send every record."""
+        await self._until(self._is_idle, GRACE_S)
         for task in self._tasks:
             task.cancel()
         if self._core:
             self._core.close()
+        await self._until(self._is_idle, FLUSH_S)
+        self._flush()
+        await self._until(lambda: len(self._channel) == 0, FLUSH_S)
+        self._channel.close()
+
+    def _is_idle(self) -> bool:
+        return not self._tasks and (self._core is None or self._core.is_idle)
+
+    async def _until(self, true: Callable[[], bool], patience_s: float) -> None:
+        end = asyncio.get_running_loop().time() + patience_s
+        while not true() and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(TURN_S)
 
     def _receive(self, message: bytes, descriptor: int | None) -> None:
         if descriptor is None:
@@ -111,7 +127,7 @@ class _Inspector:
                 size += len(lines[0]) + 1
                 batch.append(lines.pop(0))
             self._channel.send(b'{"records":[' + b",".join(batch) + b"]}")
-        if len(self._channel) > MAX_BACKLOG and self._core:
+        if self._channel.unsent > MAX_BACKLOG and self._core:
             self._core.hold(True)
 
     def _resume(self) -> None:

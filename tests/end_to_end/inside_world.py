@@ -24,6 +24,7 @@ from tests.proxy.nameserver import address, reply, soa
 
 DEFAULT4, DEFAULT6 = "93.184.216.34", "2606:2800:220:1::34"
 ADDRESSES = {
+    "git.example": ["140.82.112.4"],
     "private.example": ["10.1.2.3"],
     "metadata.example": ["169.254.169.254"],
     "loopback.example": ["127.0.0.1", "::1"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,24 @@ class Ran:
         found = [record for record in self.records if wanted.items() <= record.items()]
         assert len(found) == 1, f"{len(found)} records with {wanted} in {self.records}"
         return found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One of several that run side by side in one sandbox."""
+
+    argv: Sequence[str]
+    stdin: bytes = b""
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How one of them ended."""
+
+    status: int
+    stdout: bytes
+    stderr: str
 
 
 class World:
@@ -129,6 +148,30 @@ class World:
         text = log.read_text()
         records = [json.loads(line) for line in text.splitlines()]
         return Ran(done.returncode, done.stdout, done.stderr.decode(), records, self.look(), text)
+
+
+    def run_many(
+        self, commands: Mapping[str, Command], *, policy: str | Path, **more: Any  # Any: what `run` takes
+    ) -> tuple[dict[str, Ended], Ran]:
+        """Every command inside one `outgate run`, side by side."""
+        orders = {
+            name: {"argv": [*each.argv], "stdin": base64.b64encode(each.stdin).decode(), "env": dict(each.env)}
+            for name, each in commands.items()
+        }
+        ran = self.run(
+            [sys.executable, str(Path(__file__).with_name("inside_many.py"))],
+            policy=policy,
+            stdin=json.dumps(orders).encode(),
+            **more,
+        )
+        assert ran.status == 0, ran.stderr
+        ended = {
+            name: Ended(
+                each["status"], base64.b64decode(each["stdout"]), base64.b64decode(each["stderr"]).decode(errors="replace")
+            )
+            for name, each in json.loads(ran.stdout).items()
+        }
+        return ended, ran
 
 
 def _unshare() -> list[str]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from math import inf
 
+import pytest
+
 from policies.engine import admit, carries_plain, decide, expect
 from policies.hostnames import Hostname
 from policies.index import Policy
@@ -243,6 +245,12 @@ def read_all(sock: socket.socket) -> bytes:
     while data := sock.recv(65536):
         parts.append(data)
     return b"".join(parts)
+
+
+def assert_refused(it: Gate) -> None:
+    """A connection made now is reset, be it while it connects or right after."""
+    with pytest.raises(ConnectionResetError), it.connect() as client:
+        read_all(client)
 
 
 def read_exactly(sock: socket.socket, size: int) -> bytes:

@@ -166,6 +166,7 @@ class Rig:
     plain: bool = False
     trusted: bool = True  # the gate trusts the CA of the origin
     refuses: bool = False  # nobody listens where the origin should
+    upstream_port: int | None = None  # where the name leads, if not to the origin
     in_process: bool = False  # the real inspector process, else its core on the loop of the test
     authority: Authority = field(default_factory=lambda: create_authority(datetime.now(UTC)))
     records: list[Record] = field(default_factory=list)
@@ -199,6 +200,7 @@ class Rig:
             self.origin.close()
 
     def configuration(self) -> Configuration:
+        port = self.upstream_port or self.origin.port
         return Configuration(
             sources=(Source("p.yaml", self.policy),),
             issuing=(certificates_pem(*self.authority.issuing.chain) + key_pem(self.authority.issuing.key)).decode(),
@@ -206,9 +208,9 @@ class Rig:
             hosts=tuple(
                 (parse_hostname(name), (address,), port)
                 for name, address, port in (
-                    (HOST, "127.0.0.1", self.origin.port),
-                    ("other.test", "127.0.0.1", self.origin.port),
-                    ("metadata.test", "169.254.169.254", self.origin.port),
+                    (HOST, "127.0.0.1", port),
+                    ("other.test", "127.0.0.1", port),
+                    ("metadata.test", "169.254.169.254", port),
                 )
             ),
             nameservers=(),
@@ -285,7 +287,7 @@ class Rig:
         if self.plain:
             return sock
         context = ssl.create_default_context(cafile=str(self.roots))
-        return context.wrap_socket(sock, server_hostname=host)
+        return context.wrap_socket(sock, server_hostname=host, suppress_ragged_eofs=False)
 
     def send(self, request: bytes, *, host: str = HOST) -> Reply:
         """What comes back for these bytes until the gate closes, or has answered one request whole."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from addons.judge import Conversation
+from addons.upstream import Resolution
 from pki.authority import create_authority
+from policies.hostnames import Hostname
 from proxy.inspector import Bounds
 from tests.proxy.inspecting import HAS_CURL, HOST, NOTHING, WAIT_S, Reply, Rig, get, read_reply, response
 
@@ -69,12 +74,12 @@ def test_chunked_uploads_are_carried(tmp_path: Path) -> None:
 
 
 def test_a_head_request_has_no_body(tmp_path: Path) -> None:
-    with Rig(tmp_path, respond=lambda _request, _sock: b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n") as rig:
-        with rig.connect() as sock:
-            sock.sendall(get(method="HEAD"))
-            assert b"Content-Length: 500" in sock.recv(4096)
-            sock.sendall(get(method="HEAD", target="/forecasts"))
-            head = sock.recv(4096)
+    says = b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n"
+    with Rig(tmp_path, respond=lambda _request, _sock: says) as rig, rig.connect() as sock:
+        sock.sendall(get(method="HEAD"))
+        assert b"Content-Length: 500" in sock.recv(4096)
+        sock.sendall(get(method="HEAD", target="/forecasts"))
+        head = sock.recv(4096)
     assert head.startswith(b"HTTP/1.1 403")
     assert head.endswith(b"\r\n\r\n")
 
@@ -175,8 +180,13 @@ def test_a_client_that_ends_its_side_still_gets_the_response(tmp_path: Path) -> 
 
 def test_nothing_is_looked_up_or_dialled_for_a_denied_request(tmp_path: Path) -> None:
     with Rig(tmp_path) as rig:
-        looked_up: list[object] = []
-        rig.core.upstream._resolve = lambda name: looked_up.append(name)  # type: ignore[method-assign,assign,return-value,func-returns-value]
+        looked_up: list[Hostname] = []
+
+        async def resolve(name: Hostname) -> Resolution:
+            looked_up.append(name)
+            raise AssertionError
+
+        rig.core.upstream._resolve = resolve
         for target in ("/forecasts", "/search/secret/x", "/a//b"):
             assert rig.send(get(target)).reason
         assert rig.send(get(host="other.test")).status == 421
@@ -231,12 +241,8 @@ FAILURES: list[tuple[str, dict[str, object], str, int]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("how", "reason", "status"), [row[1:] for row in FAILURES], ids=[row[0] for row in FAILURES]
-)
-def test_an_upstream_that_cannot_be_had(
-    tmp_path: Path, how: dict[str, object], reason: str, status: int
-) -> None:
+@pytest.mark.parametrize(("how", "reason", "status"), [row[1:] for row in FAILURES], ids=[row[0] for row in FAILURES])
+def test_an_upstream_that_cannot_be_had(tmp_path: Path, how: dict[str, object], reason: str, status: int) -> None:
     with replace(Rig(tmp_path), **how) as rig:  # type: ignore[arg-type]  # fields by name
         reply = rig.send(get())
         assert (reply.status, reply.reason, reply.problem["reason"]) == (status, reason, reason)
@@ -254,8 +260,11 @@ def test_a_certificate_failure_names_the_name_and_the_error(tmp_path: Path) -> N
 def test_an_origin_without_tls_is_not_reached(tmp_path: Path) -> None:
     with Rig(tmp_path) as rig:
         rig.origin._context = None
-        rig.origin.respond = lambda _request, _sock: None
-        threading.Timer(0.2, lambda: [sock.sendall(b"220 ready\r\n") for sock in rig.origin._open]).start()
+
+        def greet(sock: socket.socket, _buffered: bytes) -> None:
+            sock.sendall(b"220 ready\r\n")
+
+        rig.origin._read = greet  # type: ignore[method-assign,assignment]
         assert rig.send(get()).reason == "upstream_failed"
 
 
@@ -274,10 +283,8 @@ def test_a_name_that_leads_to_cloud_metadata_is_denied(tmp_path: Path) -> None:
 
 def test_an_origin_that_never_finishes_its_handshake_times_out(tmp_path: Path) -> None:
     with Rig(tmp_path, bounds=Bounds(dial_s=0.3)) as rig:
-        with socket.create_server(("127.0.0.1", rig.origin.port + 0), reuse_port=False) if False else rig.connect() as sock:
-            rig.origin._context = None
-            sock.sendall(get())
-            assert read_reply(sock)[0].reason == "upstream_timeout"
+        rig.origin._context = None  # takes the ClientHello for a head and waits for its end
+        assert rig.send(get()).reason == "upstream_timeout"
 
 
 def test_an_origin_that_never_answers_is_given_up(tmp_path: Path) -> None:
@@ -290,6 +297,17 @@ def test_an_origin_that_never_answers_is_given_up(tmp_path: Path) -> None:
         reply = rig.send(get())
         release.set()
     assert (reply.status, reply.reason) == (502, "upstream_timeout")
+
+
+def receive_all(sock: socket.socket) -> tuple[bytes, bool]:
+    """What comes until the end, and whether it ended as TLS says."""
+    received = b""
+    try:
+        while data := sock.recv(65536):
+            received += data
+    except OSError:
+        return received, False
+    return received, True
 
 
 # --- hostile origins: what they send, and what the client gets
@@ -324,9 +342,7 @@ HOSTILE: list[tuple[str, bytes, int, bytes]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("says", "status", "body"), [row[1:] for row in HOSTILE], ids=[row[0] for row in HOSTILE]
-)
+@pytest.mark.parametrize(("says", "status", "body"), [row[1:] for row in HOSTILE], ids=[row[0] for row in HOSTILE])
 def test_an_origin_that_says(tmp_path: Path, says: bytes, status: int, body: bytes) -> None:
     def respond(_request: bytes, sock: socket.socket) -> None:
         sock.sendall(says)
@@ -359,38 +375,31 @@ def test_a_response_that_breaks_off_breaks_off_for_the_client_too(tmp_path: Path
         sock.sendall(begins)
 
     with Rig(tmp_path, respond=respond) as rig:
-        received = b""
-        with rig.connect() as sock, pytest.raises((ssl.SSLError, ConnectionError)):
+        with rig.connect() as sock:
             sock.sendall(get())
-            while data := sock.recv(65536):
-                received += data
+            received, is_whole = receive_all(sock)
+        assert not is_whole
         assert not received.endswith(b"0\r\n\r\n")
         assert reasons(rig) == ["upstream_failed"]
         assert rig.records[0]["verdict"] == "allow"
 
 
 def test_an_origin_that_speaks_before_it_was_asked_is_not_believed(tmp_path: Path) -> None:
-    class Eager(threading.Thread):
-        def run(self) -> None:
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                self.port = listener.getsockname()[1]
-                ready.set()
-                sock, _ = listener.accept()
-                with sock:
-                    sock.sendall(response(b"poisoned"))
-                    done.wait(WAIT_S)
+    with Rig(tmp_path) as rig:
+        really_open = rig.core.upstream.open
 
-    ready, done = threading.Event(), threading.Event()
-    eager = Eager()
-    eager.start()
-    ready.wait(WAIT_S)
-    rig = Rig(tmp_path, plain=True)
-    rig.origin_port = eager.port
-    with rig:
+        async def open_and_hear(
+            conversation: Conversation, protocol: Callable[[], asyncio.BaseProtocol]
+        ) -> asyncio.Transport:
+            transport = await really_open(conversation, protocol)
+            side = protocol()
+            assert isinstance(side, asyncio.Protocol)
+            side.data_received(response(b"poisoned"))
+            return transport
+
+        rig.core.upstream.open = open_and_hear  # type: ignore[method-assign]
         reply = rig.send(get())
-    done.set()
-    eager.join(WAIT_S)
-    assert b"poisoned" not in reply.body
+        assert (reply.status, reply.reason) == (502, "upstream_failed")
 
 
 def test_an_early_answer_reaches_a_client_that_still_sends(tmp_path: Path) -> None:
@@ -398,7 +407,6 @@ def test_an_early_answer_reaches_a_client_that_still_sends(tmp_path: Path) -> No
         raise AssertionError(request)
 
     with Rig(tmp_path, respond=respond) as rig:
-        read = rig.origin._read
 
         def answer_at_once(sock: socket.socket, buffered: bytes) -> None:
             sock.recv(65536)
@@ -408,7 +416,6 @@ def test_an_early_answer_reaches_a_client_that_still_sends(tmp_path: Path) -> No
         with rig.connect() as sock:
             sock.sendall(PUT.encode() + b"Content-Length: 1000000\r\n\r\n" + b"x" * 1000)
             assert read_reply(sock)[0].status == 413
-        assert read is not None
 
 
 # --- hostile clients
@@ -491,9 +498,12 @@ def test_requests_sent_ahead_wait_in_the_clients_own_buffers(tmp_path: Path) -> 
         rig.wait_for(lambda: rig.origin.requests)
         sock.settimeout(0.5)
         sent = 0
-        with pytest.raises(TimeoutError):
+        try:
             while sent < 64 * 1024 * 1024:
                 sent += sock.send(get() * 500)
+        except TimeoutError:
+            pass
+        assert sent < 32 * 1024 * 1024
         release.set()
         assert read_reply(sock)[0].status == 200
 
@@ -508,8 +518,6 @@ def test_more_connections_than_the_bound_are_refused_and_recorded(tmp_path: Path
 
 
 def test_a_name_that_no_leaf_can_be_made_for_fails_closed(tmp_path: Path) -> None:
-    from datetime import UTC, datetime, timedelta
-
     long_ago = datetime.now(UTC) - timedelta(days=900)
     with Rig(tmp_path, authority=create_authority(long_ago)) as rig:
         with pytest.raises(OSError, match=r".*"):
@@ -560,10 +568,15 @@ def test_records_that_the_gate_does_not_take_hold_the_requests(tmp_path: Path) -
 
 def test_the_record_of_a_request(tmp_path: Path) -> None:
     with Rig(tmp_path) as rig:
-        assert rig.send(PUT.replace("/search", "/search?key=s3cret").encode() + b"Content-Length: 3\r\n\r\nabc").status == 200
+        assert (
+            rig.send(PUT.replace("/search", "/search?key=s3cret").encode() + b"Content-Length: 3\r\n\r\nabc").status
+            == 200
+        )
         (record,) = rig.wait_for_records(1)
         port = rig.origin.port
-    assert {name: record[name] for name in sorted(record) if name not in ("time", "id", "duration_ms", "source.port")} == {
+    assert {
+        name: record[name] for name in sorted(record) if name not in ("time", "id", "duration_ms", "source.port")
+    } == {
         "bytes.received": 5,
         "bytes.sent": 3,
         "destination.address": "127.0.0.1",
@@ -589,6 +602,3 @@ def test_the_id_in_the_answer_is_the_one_in_the_record(tmp_path: Path) -> None:
         (record,) = rig.wait_for_records(1)
     assert reply.problem["id"] == record["id"]
     assert (record["verdict"], record["http.response.status_code"]) == ("deny", 403)
-
-
-type _Unused = Callable[[], None]

@@ -1,0 +1,111 @@
+"""What was said on the command line of a gate, made into what the gate is built from, or into one clear line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `run` forks before anything that is not needed until then is loaded
+    from pki.authority import Authority
+    from policies.errors import Problem
+    from policies.index import Policy
+    from policies.tree import Source
+    from proxy.runtime import Settings
+
+
+class Unready(Exception):
+    """The gate does not start. `str()` is what to print: what, where, repair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateOptions:
+    """What was said on the command line, as text."""
+
+    paths: tuple[str, ...]
+    tags: tuple[str, ...]
+    workload: str | None
+    hosts: tuple[str, ...]
+    upstream_ca: str | None
+    pki: str | None
+    log: str | None
+
+
+def read_gate_policy(options: GateOptions) -> tuple[Policy, tuple[Source, ...]]:
+    """The policy, and its text for the inspector. Raises Unready with every problem, one a line."""
+    from policies.errors import PolicyError
+    from proxy.policy_files import load_sources, read_sources
+    from proxy.served import refused_keys
+
+    try:
+        sources = read_sources(options.paths)
+        policy = load_sources(sources, tags=options.tags)
+    except PolicyError as error:
+        raise Unready(_lines(error.problems)) from error
+    if options.workload is not None and options.workload not in policy.workloads:
+        from policies.spelling import did_you_mean
+
+        hint = did_you_mean(options.workload, policy.workloads)
+        raise Unready(f'unknown workload "{options.workload}"; {hint}')
+    if refused := refused_keys(policy, options.workload):
+        raise Unready(_lines(refused))
+    return policy, sources
+
+
+def warn_of_closed_rules(policy: Policy, workload: str | None) -> None:
+    from proxy.served import closed_rules
+
+    for problem in closed_rules(policy, workload):
+        print(f"outgate: {problem}", file=sys.stderr)
+
+
+def settings_of(options: GateOptions, sources: Sequence[Source], authority: Authority | None) -> Settings:
+    """What the gate is told besides its policy. Raises Unready."""
+    from pki.authority import certificates_pem, key_pem
+    from proxy.hosts import MalformedHostOption, parse_host_options
+    from proxy.runtime import Settings
+
+    try:
+        hosts = parse_host_options(options.hosts)
+    except MalformedHostOption as error:
+        raise Unready(str(error)) from error
+    issuing = authority.issuing if authority else None
+    return Settings(
+        workload=options.workload,
+        issuing=(certificates_pem(*issuing.chain) + key_pem(issuing.key)).decode() if issuing else None,
+        sources=tuple(sources),
+        tags=options.tags,
+        hosts=hosts,
+        upstream_ca=checked_upstream_ca(options.upstream_ca),
+    )
+
+
+def checked_upstream_ca(path: str | None) -> str | None:
+    """The absolute path of a readable file of roots. Raises Unready."""
+    if path is None:
+        return None
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise Unready(f"--upstream-ca {path}: holds no certificate in PEM") from error
+    except OSError as error:
+        raise Unready(f"--upstream-ca {path}: {error.strerror or error}") from error
+    return str(Path(path).resolve())
+
+
+def load_authority(directory: str) -> Authority:
+    """The authority of `--pki`. Raises Unready."""
+    from pki.store import StoreError, load
+
+    try:
+        return load(Path(directory))
+    except StoreError as error:
+        raise Unready(str(error)) from error
+
+
+def _lines(problems: Sequence[Problem]) -> str:
+    return "\n".join(map(str, problems))
