@@ -54,7 +54,7 @@ class Dial(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why. A closed list: metrics, tests and docs/operations.md name exactly these."""
+    """Why. A closed list: metrics, tests and docs/decision-record.md name exactly these."""
 
     # admitted
     RULE = "rule"  # a rule admits it

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import h11
 from h11._readers import ChunkedReader
@@ -150,6 +151,7 @@ class _Strict(Http1Connection):
     """What both ends share: the buffer, and a body whose lines are bounded."""
 
     buf: HeadBuffer
+    reads_requests: ClassVar[bool]
 
     def await_body(self, size: int | None) -> CommandGenerator[None]:
         self.body_reader = Chunks() if size is None else make_body_reader(size)
@@ -157,7 +159,6 @@ class _Strict(Http1Connection):
         yield from self.read_body(events.DataReceived(self.conn, b""))
 
     def read_body(self, event: events.Event) -> CommandGenerator[None]:
-        is_request = isinstance(self, Http1Server)
         assert self.stream_id is not None
         while True:
             try:
@@ -175,7 +176,7 @@ class _Strict(Http1Connection):
                 yield ReceiveHttp(self.ReceiveData(self.stream_id, bytes(found.data)))
                 continue
             yield ReceiveHttp(self.ReceiveEndOfMessage(self.stream_id))
-            yield from self.mark_done(request=is_request, response=not is_request)
+            yield from self.mark_done(request=self.reads_requests, response=not self.reads_requests)
             return
 
     @abstractmethod
@@ -185,6 +186,8 @@ class _Strict(Http1Connection):
 
 class ClientSide(_Strict, Http1Server):
     """The workload's end. `refuse` judges what is no request head and gives the bytes of the answer."""
+
+    reads_requests = True
 
     def __init__(
         self, context: Context, streams: Mapping[int, HttpStream], refuse: Callable[[MalformedHead], bytes]
@@ -277,6 +280,8 @@ class ClientSide(_Strict, Http1Server):
 
 class UpstreamSide(_Strict, Http1Client):
     """The origin's end. Informational responses stop here: mitmproxy takes the first head for the last one."""
+
+    reads_requests = False
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

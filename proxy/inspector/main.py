@@ -78,7 +78,7 @@ class _Inspector:
             self._core.close()
         await self._until(self._is_idle, FLUSH_S)
         self._flush()
-        await self._until(lambda: len(self._channel) == 0, FLUSH_S)
+        await self._until(lambda: self._channel.unsent == 0, FLUSH_S)
         self._channel.close()
 
     def _is_idle(self) -> bool:
@@ -86,7 +86,7 @@ class _Inspector:
 
     async def _until(self, true: Callable[[], bool], patience_s: float) -> None:
         end = asyncio.get_running_loop().time() + patience_s
-        while not true() and asyncio.get_running_loop().time() < end:
+        while not true() and asyncio.get_running_loop().time() < end:  # noqa: ASYNC110 - several things may make it true
             await asyncio.sleep(TURN_S)
 
     def _receive(self, message: bytes, descriptor: int | None) -> None:

@@ -82,7 +82,9 @@ class Side(asyncio.Protocol):
         self._holds |= cause
 
     def release(self, cause: Hold) -> None:
-        if self._holds and not self._holds & ~cause and not self._is_over:
+        if not self._holds:
+            return
+        if not self._holds & ~cause and not self._is_over:
             self.transport.resume_reading()
         self._holds &= ~cause
 

@@ -117,6 +117,7 @@ def test_it_is_started_again_after_it_died_but_not_at_once(tmp_path: Path, monke
         with rig.connect() as sock:
             sock.sendall(get())
             assert read_reply(sock)[0].status == 200
+            rig.wait_for_records(1)
             first = pid_of(rig)
             os.kill(first, signal.SIGKILL)
             assert read_reply(sock) == (NOTHING, b"")
