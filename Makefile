@@ -40,7 +40,7 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 
 bench: setup ## ratios against a peer measured in the same run
-	$(VENV)/bin/python -m pytest --benchmark-only --override-ini addopts="--import-mode=importlib" tests/bench
+	$(VENV)/bin/python -m pytest --benchmark-only --override-ini addopts="--import-mode=importlib" -s tests/bench
 
 .PHONY: system
 system: ## install the system programs that tests use when root, else name them

@@ -139,6 +139,8 @@ def _decide_tls(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdi
     if denied := _closed(policy, groups, name):
         return _deny(attempt, *denied)
     if not groups:
+        if not (index.tcp.ports or attempt.names):  # nearly every denial: nothing more to ask
+            return _deny(attempt, Reason.NO_RULE)
         named = replace(attempt, names=(name, *attempt.names))  # a `tcp:` rule by name carries TLS to that name too
         return _decide_transport(index.tcp, policy, index, named) or _deny(attempt, Reason.NO_RULE)
     rules = _covering(groups[0], attempt.port)

@@ -99,7 +99,7 @@ class Inspector:
         # -P: the directory we are started in is the workload's, not a place to import from. -O: what mitmproxy asserts
         # for each event is a third of its time, and none of it is a decision. A group of its own: the terminal's
         # interrupt is for the gate, which then lets go of the inspector.
-        command = [sys.executable, "-P", "-O", "-m", "proxy.inspector.main", str(theirs.fileno()), str(os.getpid())]
+        command = [sys.executable, "-P", "-m", "proxy.inspector.main", str(theirs.fileno()), str(os.getpid())]
         try:
             self._process = subprocess.Popen(
                 command,

@@ -449,3 +449,6 @@ def _read_response(head: bytes, request: http.Request) -> http.Response:
     response.headers = Fields(response.headers.fields)
     validate_headers(response)
     return response
+
+
+http.MessageData.__post_init__ = lambda self: None  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-AT_ONCE = 3
+AT_ONCE = 6
 TIMEOUT_S = 60
 
 
