@@ -18,6 +18,7 @@ from policies.model import Reason
 JUDGEMENT = "outgate.judgement"  # flow.metadata: the judgement of this request
 ANSWER = "outgate.answer"  # flow.metadata: the response is ours, and no byte of another one has gone out
 MALFORMED_BODY = "malformed request body"  # how the error of a request begins whose body cannot be read
+STALE = "the origin closed a kept connection"  # the error of a request that was sent on it and got no answer
 
 
 class Gate:
@@ -66,7 +67,8 @@ class Gate:
             reason, note = Reason.CLIENT_GONE, ""
         else:
             reason, note = Reason.UPSTREAM_FAILED, "its answer broke off or is malformed"
-        if flow.response is not None or reason is Reason.CLIENT_GONE:
+        # On a stale connection the client is told nothing: without us it would see the same close, and try again.
+        if flow.response is not None or reason is Reason.CLIENT_GONE or message == STALE:
             flow.metadata[JUDGEMENT] = self._judge.break_off(judgement, reason)
             return
         flow.metadata[JUDGEMENT] = failed = self._judge.fail(judgement, reason, note)

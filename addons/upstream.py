@@ -116,7 +116,7 @@ class Upstream:
 
 
 def trust_origins(authorities: str | None = None) -> ssl.SSLContext:
-    """Verifies origins by the system's store, or by the PEM file `authorities` alone. Raises OSError if that is none."""
+    """Verifies origins by the system's store, or by the PEM file `authorities` alone. Raises OSError."""
     context = ssl.create_default_context(cafile=authorities)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.hostname_checks_common_name = False  # RFC 9525 6.3: the subject alternative names alone

@@ -144,7 +144,7 @@ class Gate:
         end = loop.time() + SETTLE_S
         for _ in range(SETTLE_TURNS):
             await asyncio.sleep(0)
-        while self._listener.open_connections and loop.time() < end:
+        while self._listener.open_connections and loop.time() < end:  # noqa: ASYNC110 - a bounded look, once, at the end
             await asyncio.sleep(SETTLE_S / 50)
 
     def _identify(self, address: Address) -> str:

@@ -84,7 +84,8 @@ def _open_door(listen: str) -> socket.socket:
         address = ip_address(host.removeprefix("[").removesuffix("]"))
         number = int(port)
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        return socket.create_server((str(address), number), family=family, backlog=BACKLOG)
+        both = str(address) == "::" and socket.has_dualstack_ipv6()  # as every other server that is told [::]
+        return socket.create_server((str(address), number), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (ValueError, OverflowError) as error:
         raise Unready(f'--listen "{listen}": write ADDR:PORT, for example 0.0.0.0:15001 or [::]:15001') from error
     except OSError as error:

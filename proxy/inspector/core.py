@@ -25,7 +25,8 @@ from addons.judge import BAD_GATEWAY, TIMEOUT, Conversation, Unreachable
 from addons.upstream import Upstream
 from policies.model import Reason
 from proxy.inspector.handover import Bounds, Handover
-from proxy.inspector.http1 import AbortConnection, ConnectionBroken, Frame, Hooks, Http, MalformedHead, Stream
+from proxy.inspector.http1 import AbortConnection, ConnectionBroken, Frame, Hooks, Http, Stream
+from proxy.inspector.reading import MalformedHead
 from proxy.inspector.side import Hold, Side
 
 SWEEP_S = 1.0
@@ -185,6 +186,7 @@ class Inspection:
         self._http = Http(context, core.hooks, self._refuse)
         self._sides: dict[Connection, Side] = {}
         self._dial: asyncio.Task[None] | None = None
+        self._dialled_for: commands.OpenConnection | None = None
         self._active = 0.0
         self._head_since: float | None = None
         self._is_half_closed = False
@@ -284,7 +286,7 @@ class Inspection:
             case commands.Log():
                 pass  # the decision record says what happened
             case commands.OpenConnection():
-                self.client.hold(Hold.DIALLING)  # else what it sends meanwhile would pile up in the layers
+                self._dialled_for = command
                 self._dial = asyncio.create_task(self._open(command))
             case commands.CloseConnection():
                 return self._close(command.connection, abort=isinstance(command, AbortConnection))
@@ -337,18 +339,19 @@ class Inspection:
             connection.sockname = transport.get_extra_info("sockname")[:2]
             self._sides[connection] = side
         self._dial = None
-        self.client.release(Hold.DIALLING)
         self._feed(events.OpenConnectionCompleted(command, fault))
-        self._feed(events.DataReceived(self.client.connection, b""))  # now the body that came with the head is read
+        self._feed(events.DataReceived(self.client.connection, b""))  # what came meanwhile is read now
 
     def _refuse(self, fault: MalformedHead) -> bytes:
         reason = Reason.HELLO_TIMEOUT if fault.status == TIMEOUT else Reason.MALFORMED_REQUEST
         return self.core.refuse(self._conversation, str(fault), fault.status, reason)
 
     def _drop_upstream(self) -> None:
-        if self._dial:
+        if self._dial and self._dialled_for:
             self._dial.cancel()
             self._dial = None
+            # The request that waits for it hears of its end only now.
+            self._feed(events.OpenConnectionCompleted(self._dialled_for, "given up"))
         for connection in [one for one in self._sides if one is not self.client.connection]:
             if side := self._sides.pop(connection, None):
                 side.close(abort=True)

@@ -1,28 +1,22 @@
 """mitmproxy's HTTP/1.1 layers, made strict: what is too lenient, unbounded or unanswered in them is replaced. No I/O.
 
-They stay mitmproxy's layers (generators: events in, commands out). Replaced are the reading of heads (one grammar, and
-bounded), informational responses and trailers (mitmproxy fails on both), the answers, and what follows an Upgrade.
+They stay mitmproxy's layers (generators: events in, commands out). Replaced are the reading of heads, informational
+responses (mitmproxy takes the first head for the last one), the answers, and what follows an Upgrade.
 """
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import h11
-from h11._readers import ChunkedReader
-from h11._receivebuffer import ReceiveBuffer
 from mitmproxy import http
 from mitmproxy.connection import Server
 from mitmproxy.net.http.http1 import (
     assemble_response_head,
     expected_http_body_size,
-    read_request_head,
-    read_response_head,
 )
-from mitmproxy.net.http.validate import validate_headers
 from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layer import CommandGenerator
@@ -52,74 +46,10 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHook
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Connection, Http1Server, make_body_reader
 
-from addons.gate import ANSWER, JUDGEMENT, MALFORMED_BODY
-from addons.judge import BAD_REQUEST, METHOD_NOT_ALLOWED, TOO_LARGE
+from addons.gate import ANSWER, JUDGEMENT, MALFORMED_BODY, STALE
+from proxy.inspector.reading import MAX_LINE, Chunks, HeadBuffer, MalformedHead, read_request, read_response
 
 type Hooks = Mapping[str, Sequence[Callable[[http.HTTPFlow], None]]]
-
-MAX_HEAD = 64 * 1024  # mitmproxy has no cap: a head without an end would grow our memory
-MAX_LINE = 16 * 1024  # a chunk's size line with its extensions, or all trailers
-
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # RFC 9110 5.6.2
-_TEXT = rb"[\t\x20-\x7e\x80-\xff]*+"
-_BLANK_LINE = re.compile(rb"\n\r?\n")
-
-
-def _grammar(first_line: bytes, line_end: bytes) -> re.Pattern[bytes]:
-    return re.compile(first_line + line_end + rb"(?:" + _TOKEN + rb":" + _TEXT + line_end + rb")*+" + line_end)
-
-
-# RFC 9112 3 and 5 to the letter: one space, CR LF, no folding, no space before a colon, no bare CR or LF. What a target
-# may hold is the judge's matter. An origin may end its lines with LF alone: they are written anew for the client.
-_REQUEST = _grammar(_TOKEN + rb" [^\x00-\x20\x7f]++ HTTP/1\.[01]", rb"\r\n")
-_RESPONSE = _grammar(rb"HTTP/1\.[01] [1-9][0-9]{2}(?: " + _TEXT + rb")?", rb"\r?\n")
-
-
-class MalformedHead(ValueError):
-    """Bytes that are no head, or too many of them. `status` is what a client is told about its own."""
-
-    def __init__(self, note: str, status: int = BAD_REQUEST) -> None:
-        self.status = status
-        super().__init__(note)
-
-
-class HeadBuffer(ReceiveBuffer):
-    """h11's buffer, which also gives up a whole head, and all it holds without copying it."""
-
-    def take_head(self) -> bytes | None:
-        """The bytes up to the first empty line, or None: more is needed. Raises MalformedHead."""
-        if self._data.startswith((b"\r", b"\n")):
-            raise MalformedHead("an empty line stands where a head begins")
-        end = _BLANK_LINE.search(self._data, self._multiple_lines_search)
-        if (end.end() if end else len(self._data)) > MAX_HEAD:
-            raise MalformedHead(f"the head is larger than {MAX_HEAD // 1024} KiB", TOO_LARGE)
-        if end is None:
-            self._multiple_lines_search = max(0, len(self._data) - 2)
-            return None
-        return bytes(self._extract(end.end()))
-
-    def maybe_extract_at_most(self, count: int) -> bytearray | None:
-        if not self._data:
-            return None
-        if count < len(self._data):
-            return self._extract(count)
-        whole, self._data = self._data, bytearray()
-        self._next_line_search = self._multiple_lines_search = 0
-        return whole
-
-
-class Fields(http.Headers):
-    """Headers that find a field without turning every name to text first: the layers look up twenty for a request."""
-
-    def get_all(self, name: str | bytes) -> list[str]:
-        wanted = (name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")).lower()
-        return [value.decode("utf-8", "surrogateescape") for key, value in self.fields if key.lower() == wanted]
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str | bytes) and bool(self.get_all(name))
-
-    def get[T](self, name: str | bytes, default: T | None = None) -> str | T | None:
-        return ", ".join(found) if (found := self.get_all(name)) else default
 
 
 class Frame(Context):
@@ -129,14 +59,6 @@ class Frame(Context):
         copy = Frame.__new__(Frame)
         copy.client, copy.options, copy.server, copy.layers = self.client, self.options, self.server, self.layers.copy()
         return copy
-
-
-class Chunks(ChunkedReader):
-    """Reads chunked bodies and drops their trailers, which RFC 9110 6.5.1 allows and mitmproxy cannot carry."""
-
-    def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
-        found = super().__call__(buf)
-        return h11.EndOfMessage() if isinstance(found, h11.EndOfMessage) else found
 
 
 class ConnectionBroken(events.ConnectionClosed):
@@ -209,7 +131,13 @@ class ClientSide(_Strict, Http1Server):
     @property
     def is_ahead(self) -> bool:
         """The client has sent more than a little of what is not its turn yet."""
-        return self.awaits_response and len(self.buf) > MAX_LINE
+        return len(self.buf) > MAX_LINE and (self.awaits_response or self._awaits_origin)
+
+    @property
+    def _awaits_origin(self) -> bool:
+        """The origin is being dialled: what of a body were read now could only pile up in the stream."""
+        stream = self._streams.get(self.stream_id)
+        return stream is not None and stream._paused is not None
 
     @property
     def is_drained(self) -> bool:
@@ -224,7 +152,7 @@ class ClientSide(_Strict, Http1Server):
             head = self.buf.take_head()
             if head is None:
                 return
-            self.request = _read_request(head)
+            self.request = read_request(head)
             if self.request.data.scheme not in (b"", b"https" if self.conn.tls else b"http"):
                 raise MalformedHead("the scheme of the target is not the one of this connection")
             size = expected_http_body_size(self.request)
@@ -235,10 +163,8 @@ class ClientSide(_Strict, Http1Server):
         yield from self.await_body(size)
 
     def read_body(self, event: events.Event) -> CommandGenerator[None]:
-        stream = self._streams.get(self.stream_id)
-        if stream and stream._paused and not is_closed(event):
-            return  # the origin is being dialled: what is read now could only pile up in the stream
-        yield from super().read_body(event)
+        if is_closed(event) or not self._awaits_origin:
+            yield from super().read_body(event)
 
     def refuse(self, fault: MalformedHead) -> CommandGenerator[None]:
         self.state = self.done
@@ -279,21 +205,29 @@ class ClientSide(_Strict, Http1Server):
 
 
 class UpstreamSide(_Strict, Http1Client):
-    """The origin's end. Informational responses stop here: mitmproxy takes the first head for the last one."""
+    """The origin's end. Informational responses stop here."""
 
     reads_requests = False
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.buf = HeadBuffer()
+        self._has_served = False
+
+    def mark_done(self, *, request: bool = False, response: bool = False) -> CommandGenerator[None]:
+        yield from super().mark_done(request=request, response=response)
+        self._has_served = self._has_served or self.request is None
 
     def read_headers(self, event: events.ConnectionEvent) -> CommandGenerator[None]:
+        if is_closed(event) and self.request and self._has_served and not self.buf:
+            yield from self.break_off(event, STALE)
+            return
         if is_closed(event) or self.request is None:
             yield from super().read_headers(event)
             return
         try:
             while (head := self.buf.take_head()) is not None:
-                self.response = _read_response(head, self.request)
+                self.response = read_response(head, self.request)
                 if self.response.status_code >= 200 or self.response.status_code == 101:
                     break
             else:
@@ -425,30 +359,3 @@ def is_closed(event: events.Event) -> bool:
 def _assemble(response: http.Response) -> bytes:
     head: bytes = assemble_response_head(response)  # type: ignore[no-untyped-call]  # mitmproxy leaves it untyped
     return head + (response.raw_content or b"")
-
-
-def _read_request(head: bytes) -> http.Request:
-    """Raises ValueError for what is no request head, or for CONNECT and TRACE, which mitmproxy would act upon."""
-    if not _REQUEST.fullmatch(head):
-        raise MalformedHead("this is not an HTTP/1.1 request head")
-    method = head[: head.index(b" ")]
-    if method in (b"CONNECT", b"TRACE"):
-        raise MalformedHead(f"{method.decode()} is not served", METHOD_NOT_ALLOWED)
-    request = read_request_head(head[:-4].split(b"\r\n"))
-    request.headers = Fields(request.headers.fields)
-    return request
-
-
-def _read_response(head: bytes, request: http.Request) -> http.Response:
-    """Raises ValueError for what is no response head, or none to this request."""
-    if not _RESPONSE.fullmatch(head):
-        raise MalformedHead("this is not an HTTP/1.1 response head")
-    response = read_response_head([line.removesuffix(b"\r") for line in head.rstrip(b"\r\n").split(b"\n")])
-    if response.status_code == 101 and "upgrade" not in request.headers:
-        raise MalformedHead("it switched protocols unasked")
-    response.headers = Fields(response.headers.fields)
-    validate_headers(response)
-    return response
-
-
-http.MessageData.__post_init__ = lambda self: None  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import traceback
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ MAX_BACKLOG = 64  # messages of records that the gate has not taken: no more req
 GRACE_S = 0.5  # at the end, for requests under way
 FLUSH_S = 0.2  # and for their records
 TURN_S = 0.005
+TLS_BUFFER = 64 * 1024  # asyncio takes 256 KiB for each connection at once: 2 GiB for 4,096 idle clients
 _PR_SET_PDEATHSIG = 1
 
 
@@ -41,6 +43,7 @@ def main() -> None:
     _die_with(parent)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))  # a connection takes two descriptors
+    SSLProtocol.max_size = TLS_BUFFER
     with socket.socket(fileno=descriptor) as sock:
         asyncio.run(_serve(sock))
 

@@ -16,10 +16,9 @@ MAX_LINGER = 1 << 20  # bytes of it that are read and thrown away meanwhile
 class Hold(IntFlag):
     """Why a side is not read for now."""
 
-    DIALLING = 1  # what it sends meanwhile would pile up in the layers
-    SLOW_READER = 2  # the other side's
-    SENDS_AHEAD = 4  # requests before their turn
-    RECORDS = 8  # the gate is behind with them
+    SLOW_READER = 1  # the other side's
+    SENDS_AHEAD = 2  # a body before its origin is there, or a request before its turn
+    RECORDS = 4  # the gate is behind with them
 
 
 class Owner(Protocol):

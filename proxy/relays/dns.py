@@ -254,6 +254,9 @@ class DnsRelay:
             return build(question.query, self._remaining_s(absent.expires))
         except ResolverFailed as error:
             return self._fail(question, Reason.RESOLVER_FAILED, str(error))
+        except asyncio.CancelledError:  # the gate ends, or the client closed; what was asked is told all the same
+            self._note(question, _turn(question.verdict, Reason.CLIENT_GONE))
+            raise
         except Exception as error:
             return self._fail(question, Reason.GATE_FAILED, repr(error))
         finally:

@@ -35,6 +35,7 @@ _LONGEST = 256  # headers and what ICMP quotes of the datagram
 _RST_ACK = 0x14
 _ICMP, _TCP, _UDP, _ICMP6 = 1, 6, 17, 58
 _V6_HEADER = 40
+_DNS = 53
 
 PROGRAM = assemble(
     [
@@ -86,7 +87,7 @@ def _read_v4(packet: bytes) -> Refused | None:
     quoted = body[8:]
     if packet[9] != _ICMP or quoted[9] != _UDP:
         return None
-    return "udp", IPv4Address(quoted[16:20]), struct.unpack_from("!H", quoted, 4 * (quoted[0] & 0x0F) + 2)[0]
+    return _read_udp(IPv4Address(quoted[16:20]), quoted[4 * (quoted[0] & 0x0F) :])
 
 
 def _read_v6(packet: bytes) -> Refused | None:
@@ -96,7 +97,13 @@ def _read_v6(packet: bytes) -> Refused | None:
     quoted = body[8:]
     if packet[6] != _ICMP6 or quoted[6] != _UDP:
         return None
-    return "udp", IPv6Address(quoted[24:40]), struct.unpack_from("!H", quoted, _V6_HEADER + 2)[0]
+    return _read_udp(IPv6Address(quoted[24:40]), quoted[_V6_HEADER:])
+
+
+def _read_udp(destination: IPv4Address | IPv6Address, header: bytes) -> Refused | None:
+    source_port, port = struct.unpack_from("!HH", header)
+    # A DNS answer of the gate to a client that did not wait. Nobody inside may send from port 53: it is bound.
+    return None if source_port == _DNS else ("udp", destination, port)
 
 
 class ClosedPorts:

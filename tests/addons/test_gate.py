@@ -19,7 +19,7 @@ from mitmproxy.connection import Client, Server
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.test import tflow
 
-from addons.gate import ANSWER, JUDGEMENT, MALFORMED_BODY, Gate
+from addons.gate import ANSWER, JUDGEMENT, MALFORMED_BODY, STALE, Gate
 from addons.judge import Conversation, Judge, Unreachable
 from addons.record import Outcome, Recorder
 from addons.upstream import Resolution, Upstream, trust_origins
@@ -141,6 +141,13 @@ def test_a_response_that_has_begun_is_not_replaced(scene: Scene) -> None:
     scene.fail(flow)
     assert flow.response.content == b"begun"
     assert flow.metadata[JUDGEMENT].verdict.reason is Reason.UPSTREAM_FAILED
+
+
+def test_a_request_on_a_stale_connection_is_left_unanswered(scene: Scene) -> None:
+    flow = scene.request()
+    scene.fail(flow, STALE)
+    assert flow.response is None
+    assert [outcome.judgement.verdict.reason for outcome in scene.outcomes] == [Reason.UPSTREAM_FAILED]
 
 
 def test_a_client_that_left_is_recorded_as_gone(scene: Scene) -> None:

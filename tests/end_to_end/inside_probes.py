@@ -57,7 +57,9 @@ def raw(probe: Probe) -> Result:
 
 def _connect(probe: Probe) -> socket.socket:
     """From a port of its own, by which its record is found."""
-    return socket.create_connection((probe["address"], probe["port"]), PATIENCE_S, source_address=("", next(SOURCE_PORTS)))
+    return socket.create_connection(
+        (probe["address"], probe["port"]), PATIENCE_S, source_address=("", next(SOURCE_PORTS))
+    )
 
 
 def _converse(sock: socket.socket, probe: Probe) -> Result:

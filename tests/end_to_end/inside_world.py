@@ -1,4 +1,4 @@
-"""Run in network and mount namespaces of its own: an internet on one loopback device, and a record of all that enters it.
+"""Run in network and mount namespaces of its own: an internet on one loopback device, and what enters it.
 
 Every address is local here, every name resolves, every port of `origin` answers; so whatever is refused, the gate
 refused. Commands come as lines on standard input: `look` answers with what has been seen since the last time.
@@ -75,7 +75,11 @@ class Capture:
 def _describe(packet: bytes) -> str | None:
     """`tcp ADDRESS:PORT` for a SYN, `udp ADDRESS:PORT`, `icmp ADDRESS`; None for what answers something."""
     if packet[0] >> 4 == 4:
-        protocol, where, body = packet[9], socket.inet_ntop(socket.AF_INET, packet[16:20]), packet[4 * (packet[0] & 15) :]
+        protocol, where, body = (
+            packet[9],
+            socket.inet_ntop(socket.AF_INET, packet[16:20]),
+            packet[4 * (packet[0] & 15) :],
+        )
     else:
         protocol, where, body = packet[6], f"[{socket.inet_ntop(socket.AF_INET6, packet[24:40])}]", packet[40:]
     if protocol == _TCP:
@@ -112,12 +116,12 @@ class Nameserver:
             self.asked.append("malformed")
             return []
         self.asked.append(f"{query.name} {query.type_text}")
-        match query.name:
-            case "mute.example":
+        match query.name.partition(".")[0]:
+            case "mute":
                 return []
-            case "servfail.example":
+            case "servfail":
                 return [reply(message, rcode=2)]
-            case "absent.example":
+            case "absent":
                 return [reply(message, rcode=3, authority=[soa("example", 60, 60)])]
         version = {A: 4, AAAA: 6}.get(query.type)
         known = ADDRESSES.get(query.name, [DEFAULT4, DEFAULT6])

@@ -7,6 +7,7 @@ import http.server
 import json
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,10 +24,6 @@ OPAQUE_PORTS = (22, 5432)
 SILENT = "93.184.216.99"  # who dials this address is accepted and never told anything
 BANNER = b"SSH-2.0-origin\r\n"
 COMMIT = "1234567890abcdef1234567890abcdef12345678"
-# Names whose certificate is not what it should be; all others get a good one.
-BAD_NAMES = ("expired.example", "wrong.example", "stranger.example")
-
-_NAMES = ("api.example", "*.cdn.example", "*.example", "other.test", "*.test", "*.ubuntu.com", "xn--bcher-kva.example")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +44,30 @@ class Origin:
 
     def __init__(self, directory: Path) -> None:
         self.requests: list[Request] = []
+        self.accepted: list[tuple[str, int]] = []  # address and port that were dialled
         self.names: WeakKeyDictionary[object, str | None] = WeakKeyDictionary()  # of each hello
         authority = trustme.CA(organization_name="The Origin's Own Authority")
         authority.cert_pem.write_to_path(str(directory / "origin.pem"))
-        self._good = _context(authority.issue_cert(*_NAMES))
+        self._authority = authority
+        self._first = _context(authority.issue_cert("nobody.example"))
+        self._first.sni_callback = self._choose
         past = datetime.now(UTC) - timedelta(days=1)
-        self._bad = {
+        self._contexts = {  # of the names with a certificate that is not what it should be; all others get a good one
             "expired.example": _context(authority.issue_cert("expired.example", not_after=past)),
             "wrong.example": _context(authority.issue_cert("somebody-else.example")),
             "stranger.example": _context(trustme.CA(organization_name="A Stranger").issue_cert("stranger.example")),
         }
-        self._good.sni_callback = self._choose
         for port in TLS_PORTS + PLAIN_PORTS:
             self._serve(port, self._http)
         for port in OPAQUE_PORTS:
             self._serve(port, _speak_first)
 
-    def _choose(self, tls: ssl.SSLObject | ssl.SSLSocket, name: str | None, _context: ssl.SSLContext) -> None:
+    def _choose(self, tls: ssl.SSLObject | ssl.SSLSocket, name: str | None, _first: ssl.SSLContext) -> None:
         self.names[tls] = name
-        if name in self._bad:
-            tls.context = self._bad[name]
+        if name:
+            if name not in self._contexts:
+                self._contexts[name] = _context(self._authority.issue_cert(name))
+            tls.context = self._contexts[name]
 
     def _serve(self, port: int, converse: Callable[[socket.socket], None]) -> None:
         listener = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=256)
@@ -74,6 +75,8 @@ class Origin:
         def accept() -> None:
             while True:
                 sock, _ = listener.accept()
+                host, port = sock.getsockname()[:2]
+                self.accepted.append((host.removeprefix("::ffff:"), port))
                 threading.Thread(target=_contained, args=(converse, sock), daemon=True).start()
 
         threading.Thread(target=accept, daemon=True).start()
@@ -84,7 +87,7 @@ class Origin:
             time.sleep(120)
             return
         if port in TLS_PORTS:
-            sock = self._good.wrap_socket(sock, server_side=True)
+            sock = self._first.wrap_socket(sock, server_side=True)
         _Conversation(sock, ("", 0), self)  # type: ignore[arg-type]  # what stands in for the server is our list alone
 
 
@@ -142,7 +145,12 @@ class _Conversation(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"\x00\x01\x02 this is no response\r\n\r\n")
             self.close_connection = True
         else:
-            said = {"origin": self.headers.get("Host"), "method": self.command, "target": self.path, "length": len(body)}
+            said = {
+                "origin": self.headers.get("Host"),
+                "method": self.command,
+                "target": self.path,
+                "length": len(body),
+            }
             self._reply(json.dumps(said).encode(), "application/json")
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = do_OPTIONS = answer
@@ -170,5 +178,19 @@ def blob(length: int) -> bytes:
     return (bytes(range(256)) * (length // 256 + 1))[:length]
 
 
+def main(directory: Path) -> None:
+    """Serve, and for each line on standard input tell what was accepted and asked since the last."""
+    origin = Origin(directory)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        accepted, origin.accepted = origin.accepted, []
+        requests, origin.requests = origin.requests, []
+        print(json.dumps({"accepted": accepted, "requests": as_json(requests)}), flush=True)
+
+
 def as_json(requests: list[Request]) -> list[dict[str, object]]:
     return [asdict(request) for request in requests]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Programs that people use, through `outgate run`: each trusts the gate unasked, is let through, and is told why not."""
+"""Programs that people use, through `outgate run`: each trusts the gate unasked, and is let through or told why not."""
 
 from __future__ import annotations
 

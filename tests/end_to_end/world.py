@@ -8,11 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OUTGATE = Path(sys.prefix) / "bin" / "outgate"
@@ -149,9 +153,12 @@ class World:
         records = [json.loads(line) for line in text.splitlines()]
         return Ran(done.returncode, done.stdout, done.stderr.decode(), records, self.look(), text)
 
-
     def run_many(
-        self, commands: Mapping[str, Command], *, policy: str | Path, **more: Any  # Any: what `run` takes
+        self,
+        commands: Mapping[str, Command],
+        *,
+        policy: str | Path,
+        **more: Any,  # Any: what `run` takes
     ) -> tuple[dict[str, Ended], Ran]:
         """Every command inside one `outgate run`, side by side."""
         orders = {
@@ -167,7 +174,9 @@ class World:
         assert ran.status == 0, ran.stderr
         ended = {
             name: Ended(
-                each["status"], base64.b64decode(each["stdout"]), base64.b64decode(each["stderr"]).decode(errors="replace")
+                each["status"],
+                base64.b64decode(each["stdout"]),
+                base64.b64decode(each["stderr"]).decode(errors="replace"),
             )
             for name, each in json.loads(ran.stdout).items()
         }
@@ -177,6 +186,21 @@ class World:
 def _unshare() -> list[str]:
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     return ["unshare", *user, "--net", "--mount"]
+
+
+@contextmanager
+def a_world() -> Iterator[World]:
+    """A world, or a skip that says why there is none."""
+    if reason := why_no_world():
+        pytest.skip(f"no namespaces of our own: {reason}")
+    # not pytest's own directory, which other users may not enter
+    with tempfile.TemporaryDirectory(prefix="outgate-world-") as name:
+        Path(name).chmod(0o755)
+        made = World(Path(name))
+        try:
+            yield made
+        finally:
+            made.close()
 
 
 @cache

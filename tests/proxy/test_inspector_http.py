@@ -99,6 +99,23 @@ def test_an_origin_that_closes_each_time_is_dialled_each_time(tmp_path: Path) ->
         assert rig.origin.connections == 3
 
 
+def test_an_origin_that_closes_a_kept_connection_is_for_the_client_to_try_again(tmp_path: Path) -> None:
+    replies = [response(), None, response()]
+    with Rig(tmp_path, respond=lambda _request, _sock: replies.pop(0)) as rig:
+        with rig.connect() as sock:
+            sock.sendall(get())
+            assert read_reply(sock)[0].status == 200
+            sock.sendall(get())
+            assert read_reply(sock)[0] == NOTHING
+        assert rig.send(get()).status == 200
+        rig.wait_for_records(3)
+    assert [(one["verdict"], one["reason"]) for one in rig.records] == [
+        ("allow", "rule"),
+        ("allow", "upstream_failed"),
+        ("allow", "rule"),
+    ]
+
+
 def test_a_body_that_the_end_of_the_connection_delimits_is_whole(tmp_path: Path) -> None:
     def respond(_request: bytes, sock: socket.socket) -> None:
         sock.sendall(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 100_000)
@@ -484,6 +501,16 @@ def test_a_client_that_leaves_takes_its_upstream_connection_along(tmp_path: Path
             rig.wait_for(lambda: rig.origin.requests)
         assert ended.wait(WAIT_S)
         assert reasons(rig) == ["client_gone"]
+
+
+def test_a_client_that_leaves_while_its_origin_is_dialled_is_recorded(tmp_path: Path) -> None:
+    with Rig(tmp_path) as rig:
+        rig.origin._context = None  # takes the ClientHello for a head and waits for its end
+        with rig.connect() as sock:
+            sock.sendall(get())
+            rig.wait_for(lambda: rig.origin.connections)
+        assert reasons(rig) == ["client_gone"]
+        assert rig.failures == []
 
 
 def test_requests_sent_ahead_wait_in_the_clients_own_buffers(tmp_path: Path) -> None:
