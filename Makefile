@@ -17,6 +17,7 @@ $(VENV)/.ready: pyproject.toml requirements/dev.txt | find-python
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(VENV)/bin/python -m compileall -q proxy addons pki policies
 	@touch $@
 
 .PHONY: find-python

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
@@ -83,7 +84,8 @@ class Upstream:
             raise Unreachable(Reason.UPSTREAM_FAILED, f"no TLS ({(error.reason or str(error)).lower()})") from error
         except OSError as error:
             reason = _REASONS.get(error.errno or 0, Reason.UPSTREAM_FAILED)
-            raise Unreachable(reason, (error.strerror or str(error)).lower()) from error
+            note = os.strerror(error.errno) if error.errno else str(error)  # asyncio's own text repeats the address
+            raise Unreachable(reason, note.lower()) from error
 
     async def _look_up(self, conversation: Conversation) -> tuple[Sequence[Address], int]:
         """The addresses that may be dialled, and the port."""

@@ -18,7 +18,7 @@ from typing import IO, Any
 import orjson
 import structlog
 
-from proxy.record import Record
+from proxy.record import Record, describe
 
 QUEUE_LIMIT = 65536  # a log that stalls must not grow our memory
 BATCH = 512
@@ -138,18 +138,6 @@ class _Pretty:
 
     def _paint(self, text: str, colour: str) -> str:
         return f"{colour}{text}{_PLAIN}" if self._colour and text else text
-
-
-def describe(record: Mapping[str, Any]) -> str:
-    """What was attempted, in the words that `outgate why` reads: `GET https://h/p`, `tls://h`, `tcp://10.0.0.1:22`."""
-    if "url.full" in record:
-        return f"{record.get('http.request.method', '')} {record['url.full']}".strip()
-    stage, port = record["stage"], record.get("destination.port")
-    host = record.get("server.name") or next(iter(record.get("server.names", ())), None)
-    where = host or record.get("destination.address", "?")
-    where = f"[{where}]" if ":" in str(where) else where
-    usual = {"tls": 443, "dns": None, "ntp": None}.get(str(stage), 0)
-    return f"{stage}://{where}" + ("" if usual is None or port == usual else f":{port}")
 
 
 def open_log(target: str | None, *, generation: str = "", default: IO[str] | None = None) -> DecisionLog:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,9 +61,8 @@ def warn_of_closed_rules(policy: Policy, workload: str | None) -> None:
         print(f"outgate: {problem}", file=sys.stderr)
 
 
-def settings_of(options: GateOptions, sources: Sequence[Source], authority: Authority | None) -> Settings:
+def settings_of(options: GateOptions, sources: Sequence[Source], issuing: Callable[[], str]) -> Settings:
     """What the gate is told besides its policy. Raises Unready."""
-    from pki.authority import certificates_pem, key_pem
     from proxy.hosts import MalformedHostOption, parse_host_options
     from proxy.runtime import Settings
 
@@ -71,10 +70,9 @@ def settings_of(options: GateOptions, sources: Sequence[Source], authority: Auth
         hosts = parse_host_options(options.hosts)
     except MalformedHostOption as error:
         raise Unready(str(error)) from error
-    issuing = authority.issuing if authority else None
     return Settings(
         workload=options.workload,
-        issuing=(certificates_pem(*issuing.chain) + key_pem(issuing.key)).decode() if issuing else None,
+        issuing=issuing,
         sources=tuple(sources),
         tags=options.tags,
         hosts=hosts,
@@ -95,6 +93,22 @@ def checked_upstream_ca(path: str | None) -> str | None:
     except OSError as error:
         raise Unready(f"--upstream-ca {path}: {error.strerror or error}") from error
     return str(Path(path).resolve())
+
+
+def issuing_pem(authority: Authority) -> str:
+    """What signs leaves: its certificate, what is sent after it, its key."""
+    from pki.authority import certificates_pem, key_pem
+
+    return (certificates_pem(*authority.issuing.chain) + key_pem(authority.issuing.key)).decode()
+
+
+def new_authority() -> Authority:
+    """One that lives as long as this process: its key is nowhere but in memory."""
+    from datetime import UTC, datetime
+
+    from pki.authority import create_authority
+
+    return create_authority(datetime.now(UTC))
 
 
 def load_authority(directory: str) -> Authority:

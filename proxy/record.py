@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from hashlib import blake2b
+from typing import Any
 
 from policies.model import Attempt, Verdict
 
@@ -86,6 +87,18 @@ def record_of(
     if extra:
         record.update(extra)
     return record
+
+
+def describe(record: Mapping[str, Any]) -> str:  # Any: fields of several types, written as text
+    """What was attempted, in the words that `outgate why` reads: `GET https://h/p`, `tls://h`, `tcp://10.0.0.1:22`."""
+    if "url.full" in record:
+        return f"{record.get('http.request.method', '')} {record['url.full']}".strip()
+    stage, port = record["stage"], record.get("destination.port")
+    host = record.get("server.name") or next(iter(record.get("server.names", ())), None)
+    where = host or record.get("destination.address", "?")
+    where = f"[{where}]" if ":" in str(where) else where
+    usual = {"tls": 443, "dns": None, "ntp": None}.get(str(stage), 0)
+    return f"{stage}://{where}" + ("" if usual is None or port == usual else f":{port}")
 
 
 def hide_query_values(url: str) -> str:

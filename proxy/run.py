@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,9 @@ from policies.index import Policy
 from proxy.options import (
     GateOptions,
     Unready,
+    issuing_pem,
     load_authority,
+    new_authority,
     read_gate_policy,
     settings_of,
     warn_of_closed_rules,
@@ -54,8 +56,8 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
     options = _with_workload(options, policy)
     assert options.workload is not None
     warn_of_closed_rules(policy, options.workload)
-    authority = _authority(options)
-    settings = settings_of(options, sources, authority)
+    authority = load_authority(options.pki) if options.pki else new_authority()
+    settings = settings_of(options, sources, partial(issuing_pem, authority))
     environment = _environment(options, authority, settings, trust)
     if proxy_env:
         from proxy.advisory import run_advisory
@@ -122,15 +124,6 @@ def _with_workload(options: GateOptions, policy: Policy) -> GateOptions:
         names = ", ".join(sorted(policy.workloads)) or "none"
         raise Unready(f"which workload? add -w NAME (the policy has: {names})")
     return replace(options, workload=next(iter(policy.workloads)))
-
-
-def _authority(options: GateOptions) -> Authority:
-    """The one of `--pki`, or one that lives as long as this run: its key is nowhere but in memory."""
-    if options.pki is not None:
-        return load_authority(options.pki)
-    from pki.authority import create_authority
-
-    return create_authority(datetime.now(UTC))
 
 
 def _environment(options: GateOptions, authority: Authority, settings: Settings, trust: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -42,15 +42,15 @@ class Settings:
     """What the operator says besides the policy.
 
     workload     every connection is this workload's; None: as its source address says
-    issuing      what signs leaves, as PEM (certificate, chain, key); None: the policy inspects nothing
+    issuing      gives what signs leaves as PEM (certificate, chain, key); asked when the first connection is inspected
     sources      the policy's own text, from which the inspector reads the same policy
     tags         paths of service-tag files
     upstream_ca  path of the roots that upstreams are verified against; None: the system's
     nameservers  None: the system's
     """
 
+    issuing: Callable[[], str]
     workload: str | None = None
-    issuing: str | None = field(default=None, repr=False)
     sources: Sequence[Source] = ()
     tags: Sequence[str] = ()
     hosts: Mapping[Hostname, HostsEntry] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Gate:
         nameservers = system_nameservers() if settings.nameservers is None else settings.nameservers
         system_hosts = read_hosts_file()
         self._resolver = Resolver(settings.hosts, nameservers, system_hosts=system_hosts)
-        self._inspector = _inspector(settings, nameservers, system_hosts, record)
+        self._inspector = Inspector(partial(_configuration, settings, nameservers, system_hosts), record)
         self._epoll = Epoll(_report_crash)
         self._listener = Listener(
             self._epoll,
@@ -83,7 +83,7 @@ class Gate:
             admit=admit,
             names_of=self._lookups.names_of,
             resolver=self._resolver,
-            inspect=self._inspector.inspect if self._inspector else None,
+            inspect=self._inspector.inspect,
             record=record,
             clock=time.time,
             limits=settings.limits,
@@ -109,10 +109,14 @@ class Gate:
             decide=self._decide,
             workload=self._identify,
             welcome=self._listener.welcome,
-            inspect=self._inspector.inspect if self._inspector else None,
+            inspect=self._inspector.inspect,
             record=self._record,
         )
         self._tasks.append(asyncio.create_task(explicit.serve(sock)))
+
+    def start_inspector(self) -> None:
+        """Start its process before it is needed, so that the first inspected connection does not wait for it."""
+        self._inspector.start()
 
     def enter(self, sandbox: Sandbox) -> None:
         """Serve what a sandbox bound inside: DNS on port 53, else TCP; and hear of the ports nobody serves."""
@@ -134,8 +138,7 @@ class Gate:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._listener.close()
         self._epoll.close()
-        if self._inspector:
-            await self._inspector.drain()
+        await self._inspector.drain()
         await self._resolver.close()
 
     async def _settle(self) -> None:
@@ -167,26 +170,18 @@ class Gate:
         self._record(record_of(attempt, verdict, id=new_id(), destination=(str(address), port)))
 
 
-def _inspector(
-    settings: Settings,
-    nameservers: Sequence[Nameserver],
-    system_hosts: Mapping[Hostname, tuple[Address, ...]],
-    record: Sink,
-) -> Inspector | None:
-    if settings.issuing is None:
-        return None
+def _configuration(
+    settings: Settings, nameservers: Sequence[Nameserver], system_hosts: Mapping[Hostname, tuple[Address, ...]]
+) -> Configuration:
     hosts = [(name, tuple(map(str, entry.addresses)), entry.port) for name, entry in settings.hosts.items()]
-    return Inspector(
-        Configuration(
-            sources=tuple(settings.sources),
-            issuing=settings.issuing,
-            tags=tuple(settings.tags),
-            upstream_ca=settings.upstream_ca,
-            hosts=tuple(hosts),
-            system_hosts=tuple((name, tuple(map(str, found))) for name, found in system_hosts.items()),
-            nameservers=tuple(nameservers),
-        ),
-        record,
+    return Configuration(
+        sources=tuple(settings.sources),
+        issuing=settings.issuing(),
+        tags=tuple(settings.tags),
+        upstream_ca=settings.upstream_ca,
+        hosts=tuple(hosts),
+        system_hosts=tuple((name, tuple(map(str, found))) for name, found in system_hosts.items()),
+        nameservers=tuple(nameservers),
     )
 
 

@@ -7,17 +7,19 @@ import resource
 import signal
 import socket
 import sys
-from datetime import UTC, datetime
+from collections.abc import Callable
+from functools import partial
 from ipaddress import ip_address
 
-from pki.authority import Authority, create_authority
 from policies.index import Policy
 from policies.model import HostRule, Tls
 from proxy.decision_log import DecisionLog, open_log
 from proxy.options import (
     GateOptions,
     Unready,
+    issuing_pem,
     load_authority,
+    new_authority,
     read_gate_policy,
     settings_of,
     warn_of_closed_rules,
@@ -34,8 +36,8 @@ def serve(options: GateOptions, listen: str) -> int:
     try:
         policy, sources = read_gate_policy(options)
         warn_of_closed_rules(policy, options.workload)
-        authority = _authority(options, policy)
-        settings = settings_of(options, sources, authority)
+        inspected = _inspected(policy)
+        settings = settings_of(options, sources, _issuing(options, inspected))
         door = _open_door(listen)
         log = _open_log(options.log)
     except Unready as error:
@@ -47,34 +49,42 @@ def serve(options: GateOptions, listen: str) -> int:
         resource.RLIMIT_NOFILE, (hard, hard)
     )  # a flow takes two descriptors, up to six when it is blocked
     try:
-        asyncio.run(_serve(policy, settings, door, log))
+        asyncio.run(_serve(policy, settings, door, log, starts_inspector=inspected is not None))
     finally:
         log.close()
     return 0
 
 
-async def _serve(policy: Policy, settings: Settings, door: socket.socket, log: DecisionLog) -> None:
+async def _serve(
+    policy: Policy, settings: Settings, door: socket.socket, log: DecisionLog, *, starts_inspector: bool
+) -> None:
     gate = Gate(policy, settings, original_dst=redirected_dst, record=log)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
         gate.listen(door)
+        if starts_inspector:
+            gate.start_inspector()
         print(f"outgate: serving redirected connections on {_shown(door)}", file=sys.stderr)
         await stop.wait()
     finally:
         await gate.close()
 
 
-def _authority(options: GateOptions, policy: Policy) -> Authority:
-    """The one of `--pki`. A gate that ends no TLS needs none, and gets one that never signs anything."""
-    if options.pki:
-        return load_authority(options.pki)
-    for workload in policy.workloads.values():
-        for rule in workload.rules:
-            if isinstance(rule, HostRule) and rule.tls is Tls.INSPECT:
-                raise Unready(f"{rule} is inspected: give the authority that signs its leaves with --pki DIR")
-    return create_authority(datetime.now(UTC))
+def _inspected(policy: Policy) -> HostRule | None:
+    """A rule whose TLS is ended here, if there is one."""
+    rules = (rule for workload in policy.workloads.values() for rule in workload.rules)
+    return next((rule for rule in rules if isinstance(rule, HostRule) and rule.tls is Tls.INSPECT), None)
+
+
+def _issuing(options: GateOptions, inspected: HostRule | None) -> Callable[[], str]:
+    """What signs leaves. A gate that ends no TLS needs nothing of the kind, and loads nothing for it."""
+    if inspected is None:
+        return lambda: issuing_pem(new_authority())
+    if not options.pki:
+        raise Unready(f"{inspected} is inspected: give the authority that signs its leaves with --pki DIR")
+    return partial(issuing_pem, load_authority(options.pki))
 
 
 def _open_door(listen: str) -> socket.socket:

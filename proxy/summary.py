@@ -10,8 +10,7 @@ from policies.explain import explain
 from policies.index import Policy
 from policies.model import Reason
 from policies.words import MalformedWords, parse_words
-from proxy.decision_log import describe
-from proxy.record import Record
+from proxy.record import Record, describe
 
 MAX_SHOWN = 12  # a port scan must not bury the end of the program's own output
 MAX_REMEMBERED = 1000
@@ -65,9 +64,13 @@ class Summary:
         failed = f", {self.failed} failed" if self.failed else ""
         audited = f", {self.audited} that enforcement would deny" if self.audited else ""
         yield f"outgate: {self._workload}: {self.allowed} allowed, {self.denied} denied{failed}{audited}"
+        said: list[list[str]] = []  # an edit that is proposed twice would be pasted twice
         for (words, reason), count in list(self._denials.items())[:MAX_SHOWN]:
             yield f"  {words}  {reason}" + (f"  ×{count}" if count > 1 else "")
-            yield from (f"      {line}" for line in self._advice(words))
+            advice = self._advice(words)
+            if advice not in said:
+                said.append(advice)
+                yield from (f"      {line}" for line in advice)
         if len(self._denials) > MAX_SHOWN:
             yield f"  … and {len(self._denials) - MAX_SHOWN} more; --log FILE keeps all of them"
 

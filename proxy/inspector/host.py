@@ -39,11 +39,17 @@ MAX_UNREAD = 64 * 1024
 class Inspector:
     """Takes over connections. Runs on the loop that is current when the first one comes.
 
-    record  told of every request, and of every connection that could not be served
-    log     told, in one line, of what went wrong with the process
+    configuration  asked when the process starts, so that a gate which inspects nothing holds no key
+    record         told of every request, and of every connection that could not be served
+    log            told, in one line, of what went wrong with the process
     """
 
-    def __init__(self, configuration: Configuration, record: Sink, log: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        configuration: Callable[[], Configuration],
+        record: Sink,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
         self._configuration = configuration
         self._record = record
         self._log = log or _print
@@ -118,7 +124,7 @@ class Inspector:
             theirs.close()
         self._started = monotonic()
         self._channel = Channel(ours, received=self._receive, closed=self._lose)
-        self._channel.send(b"configuration", _memory(self._configuration.to_bytes()))
+        self._channel.send(b"configuration", _memory(self._configuration().to_bytes()))
         self._deadline = asyncio.get_running_loop().call_later(START_S, self._lose)
 
     def _receive(self, message: bytes, _descriptor: int | None) -> None:

@@ -90,5 +90,4 @@ public class Fetch {
 }
 """
 
-# Every URL of its arguments, each with what follows it up to the next `--`.
 CURL = ["curl", "--silent", "--show-error", "--max-time", "20"]

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ import pytest
 
 from tests.end_to_end.clients import CURL, JAVA_SOURCE, NODE, REQUESTS, URLLIB
 from tests.end_to_end.origin import BANNER, COMMIT, blob
-from tests.end_to_end.world import Command, Ended, Ran, World
+from tests.end_to_end.world import OUTGATE, Command, Ended, Ran, World
 from tests.sandbox_user import ORDINARY_UID, as_user
 
 pytestmark = [pytest.mark.kernel, pytest.mark.client]
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 POLICY = """
 version: 1
@@ -248,10 +251,57 @@ def test_every_request_and_connection_is_counted_at_the_end(tried: Tried) -> Non
     assert re.search(rf"^outgate: app: {allowed} allowed, \d+ denied$", tried.ran.stderr, re.MULTILINE)
 
 
+@needs_curl
+def test_the_records_of_a_command_that_ends_at_once_are_complete(world: World) -> None:
+    """The last answers reach the command before their records reach the log, and the command ends with them."""
+    addresses = [f"{API}/search/last/{number}" for number in range(100)]
+    ran = world.run(["curl", "-s", "-Z", "--parallel-max", "10", *addresses], policy=POLICY)
+
+    assert ran.status == 0, ran.stderr
+    assert sorted(record["url.full"] for record in ran.records if record["stage"] == "http") == sorted(addresses)
+    assert "outgate: app: 100 allowed, 0 denied\n" in ran.stderr
+
+
+@needs_curl
+def test_audit_lets_pass_and_says_what_enforcement_would_deny(world: World) -> None:
+    script = f"curl -s -o /dev/null {API}/other && curl -s -o /dev/null https://unknown.example/"
+    ran = world.run(["sh", "-c", script], policy=POLICY.replace("  app:\n", "  app:\n    mode: audit\n"))
+    would_be = {(record["stage"], record["reason"]) for record in ran.records if record.get("would_be") == "deny"}
+
+    assert ran.status == 0, ran.stderr
+    assert would_be == {("http", "no_allow_entry"), ("dns", "no_rule"), ("tls", "no_rule")}
+    assert "0 allowed, 0 denied, 3 that enforcement would deny" in ran.stderr
+    assert ran.stderr.count("- host: unknown.example\n") == 1  # the lookup and the connection need the same line
+
+
+@needs_curl
+def test_a_given_authority_signs_and_its_keys_are_hidden_from_the_command(world: World) -> None:
+    pki = world.directory / "pki"
+    subprocess.run([str(OUTGATE), "pki", "init", "--pki", str(pki)], check=True, capture_output=True)
+    [root] = (pki / "roots").glob("*/ca.crt")
+    script = (
+        f"curl -s -o /dev/null -w '%{{http_code}}' --cacert {world.file('root.crt', root.read_bytes())} {API}/search"
+    )
+    ran = world.run(["sh", "-c", f"{script}; find {pki} -type f"], policy=POLICY, options=["--pki", str(pki)])
+
+    assert ran.stdout == b"200"
+
+
+@needs_curl
+def test_proxy_variables_lead_to_the_same_verdicts_without_a_sandbox(world: World) -> None:
+    show = "curl -s -o /dev/null -w '%{http_code} ' "
+    script = "; ".join(show + url for url in (*urls("advised"), "http://api.example/other")) + "; true"
+    ran = world.run(["sh", "-c", script], policy=POLICY, options=["--proxy-env"])
+
+    assert ran.stdout.split() == [b"200", b"403", b"200", b"000", b"403"]
+    assert [record["reason"] for record in ran.records] == ["rule", "deny_rule", "rule", "no_rule", "no_allow_entry"]
+    assert "advisory" in ran.stderr
+    assert {name.split()[0] for name in ran.seen.asked} == {"api.example", "advised.cdn.example"}
+
+
+@needs_curl
 @pytest.mark.skipif("os.geteuid() != 0", reason="only root can become an ordinary user")
 def test_an_ordinary_user_gets_the_same(world: World) -> None:
-    if not shutil.which("curl"):
-        pytest.skip("curl is not installed")
     show = "curl -s -w '%{http_code} ' -o /dev/null "
     script = "id -u; " + "; ".join(show + url for url in urls("user"))
     ran = world.run(["sh", "-c", script], policy=POLICY, before=as_user([]))

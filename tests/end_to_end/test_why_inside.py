@@ -171,6 +171,16 @@ def test_the_command_itself_says_it_to_a_person(world: World) -> None:
     assert ran.stderr == ""
 
 
+def test_why_inside_reads_the_same_service_tags(world: World) -> None:
+    tag = {"name": "Storage", "id": "Storage", "properties": {"addressPrefixes": ["20.60.0.0/16"]}}
+    tags = world.file("tags.json", json.dumps({"changeNumber": 1, "cloud": "Public", "values": [tag]}))
+    policy = "version: 1\nworkloads: {app: {rules: [{tcp: {tag: Storage, ports: 5432}}]}}\n"
+    command = ["sh", "-c", f"cd /; {OUTGATE} why tcp://20.60.1.1:5432 | head -1"]
+    ran = world.run(command, policy=policy, options=["--tags", str(tags)])
+
+    assert ran.stdout == b"ALLOW  tcp://20.60.1.1:5432\n", ran.stderr
+
+
 def test_the_table_has_both_answers(compared: Compared) -> None:
     """Else a gate that lets nothing through would agree with a `why` that denies everything."""
     assert 12 <= sum(compared.went.values()) <= len(ATTEMPTS) - 12

@@ -221,7 +221,7 @@ class Rig:
         self.loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         if self.in_process:
-            self.inspector = Inspector(self.configuration(), self.records.append, self.log.append)
+            self.inspector = Inspector(self.configuration, self.records.append, self.log.append)
         else:
             self.core = wire(self.configuration(), self.records.append, self.failures.append)
         tasks: set[asyncio.Task[None]] = set()

@@ -12,8 +12,8 @@ import pytest
 
 from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy import decision_log
-from proxy.decision_log import DecisionLog, describe, open_log
-from proxy.record import Record, hide_query_values, new_id, record_of
+from proxy.decision_log import DecisionLog, open_log
+from proxy.record import Record, describe, hide_query_values, new_id, record_of
 
 DENIAL = Verdict(Action.DENY, Reason.NO_RULE, Stage.TCP)
 

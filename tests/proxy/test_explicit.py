@@ -24,6 +24,10 @@ from tests.builders import rules
 RULES = '- {host: a.example, ports: [80, 443]}\n- host: b.example\n- tcp: "127.0.0.1/32:443"'
 
 
+def no_key() -> str:
+    raise AssertionError("nothing here is inspected")
+
+
 class World:
     """A gate as explicit proxy, and an origin on loopback that counts who connects."""
 
@@ -67,7 +71,7 @@ async def world() -> AsyncIterator[World]:
         hosts = {
             parse_hostname(name): HostsEntry((ip_address("127.0.0.1"),), port) for name in ("a.example", "b.example")
         }
-        settings = Settings(workload="app", hosts=hosts, nameservers=[])
+        settings = Settings(issuing=no_key, workload="app", hosts=hosts, nameservers=[])
         gate = Gate(rules(RULES), settings, original_dst=redirected_dst, record=here.records.append)
         gate.proxy(door)
         try:

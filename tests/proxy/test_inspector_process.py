@@ -154,7 +154,7 @@ import asyncio, pathlib, sys
 from proxy.inspector import Configuration, Inspector
 
 async def main():
-    inspector = Inspector(Configuration.from_bytes(pathlib.Path(sys.argv[1]).read_bytes()), print)
+    inspector = Inspector(lambda: Configuration.from_bytes(pathlib.Path(sys.argv[1]).read_bytes()), print)
     inspector.start()
     while not inspector._is_ready:
         await asyncio.sleep(0.01)
@@ -367,7 +367,7 @@ def test_records_of_any_size_reach_the_gate(tmp_path: Path) -> None:
 
 def test_closing_twice_is_closing_once() -> None:
     records: list[Record] = []
-    inspector = Inspector(Configuration((), ""), records.append)
+    inspector = Inspector(lambda: Configuration((), ""), records.append)
     inspector.close()
     inspector.close()
     assert records == []
