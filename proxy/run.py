@@ -26,6 +26,7 @@ from proxy.options import (
 
 if TYPE_CHECKING:  # nothing that starts a thread or an event loop may be loaded before the fork
     from pki.authority import Authority
+    from proxy.decision_log import DecisionLog
     from proxy.record import Record
     from proxy.runtime import Settings
     from proxy.sandbox import Ports, Sandbox
@@ -90,14 +91,10 @@ class Told:
     """Where the records of one run go: the log, if one was asked for, and the closing summary on standard error."""
 
     def __init__(self, policy: Policy, workload: str, log: str | None) -> None:
-        from proxy.decision_log import open_log
         from proxy.summary import Summary
 
         self._summary = Summary(policy, workload)
-        try:
-            self._log = open_log(log) if log else None
-        except OSError as error:
-            raise Unready(f"--log {log}: {error.strerror or error}") from error
+        self._log = _open_log(log) if log else None
 
     def __enter__(self) -> Told:
         return self
@@ -112,6 +109,15 @@ class Told:
             self._log.close()
         for line in self._summary.lines():
             print(line, file=sys.stderr)
+
+
+def _open_log(target: str) -> DecisionLog:
+    from proxy.decision_log import open_log
+
+    try:
+        return open_log(target)
+    except OSError as error:
+        raise Unready(f"--log {target}: {error.strerror or error}") from error
 
 
 def _with_workload(options: GateOptions, policy: Policy) -> GateOptions:

@@ -101,6 +101,12 @@ class Inspector:
             self._start()
 
     def _start(self) -> None:
+        try:
+            configuration = self._configuration().to_bytes()
+        except Exception as error:  # a process that waits for it in vain would keep its connections waiting too
+            self._log(f"the inspector has no configuration: {type(error).__name__}")
+            self._pause()
+            return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # -P: the directory we are started in is the workload's, no place to import from. No -O: it would save a tenth
         # of a request, but where nobody has compiled for it the start takes twice as long. A group of its own: the
@@ -124,7 +130,7 @@ class Inspector:
             theirs.close()
         self._started = monotonic()
         self._channel = Channel(ours, received=self._receive, closed=self._lose)
-        self._channel.send(b"configuration", _memory(self._configuration().to_bytes()))
+        self._channel.send(b"configuration", _memory(configuration))
         self._deadline = asyncio.get_running_loop().call_later(START_S, self._lose)
 
     def _receive(self, message: bytes, _descriptor: int | None) -> None:

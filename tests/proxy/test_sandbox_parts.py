@@ -169,8 +169,8 @@ def tcp(flags: int, *, source_port: int = 22, sequence: int = 0) -> bytes:
     return struct.pack("!HHIIBBHHH", source_port, 50000, sequence, 1, 5 << 4, flags, 0, 0, 0)
 
 
-def udp(port: int) -> bytes:
-    return struct.pack("!HHHH", 50000, port, 8, 0)
+def udp(port: int, source_port: int = 50000) -> bytes:
+    return struct.pack("!HHHH", source_port, port, 8, 0)
 
 
 SYN, SYN_ACK, RST_ACK, RST = 0x02, 0x12, 0x14, 0x04
@@ -212,6 +212,18 @@ def test_only_refusals_are_heard_and_read(packet: bytes, expected: tuple[str, st
     if expected:
         protocol, address, port = expected
         assert read_refusal(packet) == (protocol, ip_address(address), port)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        pytest.param(ipv4(1, UNREACHABLE4 + ipv4(17, udp(50000, source_port=53))), id="udp4"),
+        pytest.param(ipv6(58, UNREACHABLE6 + ipv6(17, udp(50000, source_port=53))), id="udp6"),
+    ],
+)
+def test_a_dns_answer_that_nobody_waited_for_is_no_attempt(packet: bytes) -> None:
+    """The gate's own answer bounces off the port of a client that has ended."""
+    assert read_refusal(packet) is None
 
 
 @given(st.binary(max_size=128))
