@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from policies.model import HostRule, Tls
+
 if TYPE_CHECKING:  # `run` forks before anything that is not needed until then is loaded
     from pki.authority import Authority
     from policies.errors import Problem
@@ -59,6 +61,13 @@ def warn_of_closed_rules(policy: Policy, workload: str | None) -> None:
 
     for problem in closed_rules(policy, workload):
         print(f"outgate: {problem}", file=sys.stderr)
+
+
+def inspected_rule(policy: Policy, workload: str | None) -> HostRule | None:
+    """A rule of the workload (of any, where None) whose TLS is ended here, if there is one."""
+    asked = policy.workloads.values() if workload is None else [policy.workloads[workload]]
+    rules = (rule for one in asked for rule in one.rules)
+    return next((rule for rule in rules if isinstance(rule, HostRule) and rule.tls is Tls.INSPECT), None)
 
 
 def settings_of(options: GateOptions, sources: Sequence[Source], issuing: Callable[[], str]) -> Settings:

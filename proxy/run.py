@@ -16,6 +16,7 @@ from policies.index import Policy
 from proxy.options import (
     GateOptions,
     Unready,
+    inspected_rule,
     issuing_pem,
     load_authority,
     new_authority,
@@ -82,6 +83,8 @@ async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str 
         try:
             gate.enter(sandbox)
             sandbox.release()
+            if inspected_rule(policy, settings.workload):
+                gate.start_inspector()  # beside the command's own start, or its first request would wait for it
             return await sandbox.wait()
         finally:
             await gate.close()

@@ -12,11 +12,12 @@ from functools import partial
 from ipaddress import ip_address
 
 from policies.index import Policy
-from policies.model import HostRule, Tls
+from policies.model import HostRule
 from proxy.decision_log import DecisionLog, open_log
 from proxy.options import (
     GateOptions,
     Unready,
+    inspected_rule,
     issuing_pem,
     load_authority,
     new_authority,
@@ -36,7 +37,7 @@ def serve(options: GateOptions, listen: str) -> int:
     try:
         policy, sources = read_gate_policy(options)
         warn_of_closed_rules(policy, options.workload)
-        inspected = _inspected(policy)
+        inspected = inspected_rule(policy, options.workload)
         settings = settings_of(options, sources, _issuing(options, inspected))
         door = _open_door(listen)
         log = _open_log(options.log)
@@ -70,12 +71,6 @@ async def _serve(
         await stop.wait()
     finally:
         await gate.close()
-
-
-def _inspected(policy: Policy) -> HostRule | None:
-    """A rule whose TLS is ended here, if there is one."""
-    rules = (rule for workload in policy.workloads.values() for rule in workload.rules)
-    return next((rule for rule in rules if isinstance(rule, HostRule) and rule.tls is Tls.INSPECT), None)
 
 
 def _issuing(options: GateOptions, inspected: HostRule | None) -> Callable[[], str]:

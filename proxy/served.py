@@ -1,7 +1,7 @@
 """Which parts of the policy language this gate does not serve yet. It starts on none that it would loosen by ignoring.
 
 A rule that is not served (ntp, udp) only leaves its port closed: a warning. A key that limits or widens another rule
-(budget, quic, upgrade, upstreamPool) or says who a source is would be wrong either way when ignored: refused by name.
+(budget, quic, upstreamPool) or says who a source is would be wrong either way when ignored: refused by name.
 """
 
 from __future__ import annotations
@@ -46,8 +46,6 @@ def _asked(policy: Policy, workload: str | None) -> Iterable[Workload]:
 
 def _refused(rule: AnyRule) -> Iterator[str]:
     if isinstance(rule, HostRule):
-        if rule.upgrade:
-            yield "upgrade"
         if rule.upstream_pool:
             yield "upstreamPool"
     if isinstance(rule, TransportRule):

@@ -67,21 +67,24 @@ class Summary:
         said: list[list[str]] = []  # an edit that is proposed twice would be pasted twice
         for (words, reason), count in list(self._denials.items())[:MAX_SHOWN]:
             yield f"  {words}  {reason}" + (f"  ×{count}" if count > 1 else "")
-            advice = self._advice(words)
+            advice = self._advice(words, reason)
             if advice not in said:
                 said.append(advice)
                 yield from (f"      {line}" for line in advice)
         if len(self._denials) > MAX_SHOWN:
             yield f"  … and {len(self._denials) - MAX_SHOWN} more; --log FILE keeps all of them"
 
-    def _advice(self, words: str) -> list[str]:
-        """The smallest edit that admits it. A refused lookup is a host that was wanted: the edit names the host."""
+    def _advice(self, words: str, reason: str) -> list[str]:
+        """The smallest edit that admits it. A refused lookup is a host that was wanted: the edit names the host.
+
+        Words do not carry all that was attempted (fronting, ECH): where they get another reason, no edit is shown.
+        """
         words = words.replace("dns://", "tls://")
         try:
             explanation = explain(self._policy, parse_words(self._workload, words, time.time()))
         except MalformedWords:
             return []
-        if not explanation.edits:
+        if not explanation.edits or explanation.verdict.reason != reason:
             return [explanation.advice] if explanation.advice else []
         return [
             line

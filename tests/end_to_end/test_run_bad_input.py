@@ -44,7 +44,7 @@ def outgate(
 
 TWO = POLICY + "  other: {}\n"
 UDP = POLICY + "      - udp: {host: media.example, ports: [443], budget: 1MiB/h}\n"
-UPGRADE = POLICY + "      - {host: ws.example, tls: inspect, upgrade: [websocket]}\n"
+POOL = POLICY + "      - {host: pool.example, tls: inspect, upstreamPool: true}\n"
 TYPO = POLICY.replace("allow:", "alow:")
 
 REFUSED: dict[str, tuple[Mapping[str, str | bytes], list[str], str]] = {
@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[Mapping[str, str | bytes], list[str], str]] = {
     "a port too large": (GOOD, ["-p", "policy.yaml", "--host", "a=1.2.3.4:70000"], r'"70000" is not a port'),
     "no authority": (GOOD, ["-p", "policy.yaml", "--pki", "pki"], r"pki.*outgate pki init"),
     "a budget not served": ({"policy.yaml": UDP}, ["-p", "policy.yaml"], r"policy\.yaml:9:\d+: budget is not served"),
-    "an upgrade": ({"policy.yaml": UPGRADE}, ["-p", "policy.yaml"], r"policy\.yaml:9:\d+: upgrade is not served"),
+    "a pool": ({"policy.yaml": POOL}, ["-p", "policy.yaml"], r"policy\.yaml:9:\d+: upstreamPool is not served"),
     "service tags that are none": (GOOD, ["-p", "policy.yaml", "--tags", "policy.yaml"], r"policy\.yaml:.*JSON"),
     "no policy": (GOOD, [], r"Missing option '-p'"),
     "an unknown option": (GOOD, ["-p", "policy.yaml", "--hots", "x"], r"No such option.*--hots"),
