@@ -45,9 +45,8 @@ def _asked(policy: Policy, workload: str | None) -> Iterable[Workload]:
 
 
 def _refused(rule: AnyRule) -> Iterator[str]:
-    if isinstance(rule, HostRule):
-        if rule.upstream_pool:
-            yield "upstreamPool"
+    if isinstance(rule, HostRule) and rule.upstream_pool:
+        yield "upstreamPool"
     if isinstance(rule, TransportRule):
         if rule.budget is not None:
             yield "budget"

@@ -103,7 +103,8 @@ def curl_all() -> None:
 def run_gate(directory: Path, port: int, *, advisory: bool) -> subprocess.CompletedProcess[str]:
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     return subprocess.run(
-        [str(OUTGATE), "run", *(["--proxy-env"] if advisory else []), "--policy", str(POLICY.relative_to(ROOT)), "--workload", "weather",
+        [str(OUTGATE), "run", *(["--proxy-env"] if advisory else []),
+         "--policy", str(POLICY.relative_to(ROOT)), "--workload", "weather",
          "--host", f"{WEATHER}=127.0.0.1:{port}", "--host", f"{UBUNTU}=127.0.0.1:{port}",
          "--upstream-ca", str(directory / "origin.pem"),
          "--", sys.executable, str(Path(__file__).resolve()), "--inside"],

@@ -62,6 +62,7 @@ class Inspector:
         self._pause_s = FIRST_PAUSE_S
         self._not_before = 0.0
         self._drained: asyncio.Event | None = None
+        self._is_used = False  # this process was given a connection
 
     @property
     def pid(self) -> int | None:
@@ -71,6 +72,7 @@ class Inspector:
     def inspect(self, sock: socket.socket, handover: Handover) -> None:
         """Take over `sock`, of which nothing was read. Never blocks and never raises."""
         self.start()
+        self._is_used = True
         if self._channel is None or self._channel.unsent + len(self._waiting) >= MAX_WAITING:
             self._refuse(sock, handover)
         elif self._is_ready:
@@ -80,7 +82,8 @@ class Inspector:
 
     async def drain(self) -> None:
         """End the process when it has finished what it was given, and told of it; within DRAIN_S in any case."""
-        if self._channel is None:
+        if self._channel is None or not self._is_used:  # it may be starting still, for nothing
+            self.close()
             return
         self._drained = asyncio.Event()
         if self._is_ready or not self._waiting:
@@ -129,6 +132,7 @@ class Inspector:
         finally:
             theirs.close()
         self._started = monotonic()
+        self._is_used = False
         self._channel = Channel(ours, received=self._receive, closed=self._lose)
         self._channel.send(b"configuration", _memory(configuration))
         self._deadline = asyncio.get_running_loop().call_later(START_S, self._lose)
