@@ -155,6 +155,8 @@ def _environment(options: GateOptions, authority: Authority, settings: Settings,
         raise Unready(f"the trust bundle: {error}") from error
     write_trust(trust, files)
     kept = {name: value for name, value in os.environ.items() if name.lower() not in PROXY_VARIABLES}
+    if shutil.which("outgate") is None:  # `outgate why` answers inside too
+        kept["PATH"] = os.pathsep.join([kept.get("PATH", os.defpath), str(Path(sys.prefix) / "bin")])
     return environment(str(trust), kept).over(kept) | {
         "OUTGATE_POLICY": _joined(options.paths),
         "OUTGATE_TAGS": _joined(options.tags),
