@@ -47,9 +47,10 @@ _STATUS = {
 class Conversation:
     """One client connection: who opened it, and for which name.
 
-    opened_for  the SNI; on a plain port the first Host that was asked for
-    allowed     the latest allow: the verdict under which an upstream connection is opened
-    failure     why the upstream connection of the request under way failed; whoever answers the client takes it away
+    opened_for   the SNI; on a plain port the first Host that was asked for
+    destination  address and port that the client asked for, where that is known
+    allowed      the latest allow: the verdict under which an upstream connection is opened
+    failure      why the upstream connection of the request under way failed; whoever answers the client takes it away
     """
 
     workload: str
@@ -57,6 +58,7 @@ class Conversation:
     plain: bool
     source: tuple[str, int]
     opened_for: Hostname | None = None
+    destination: tuple[str, int] | None = None
     allowed: Verdict | None = None
     failure: Unreachable | None = None
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mitmproxy import http
+from mitmproxy import connection, http
 
 from addons.gate import JUDGEMENT
-from addons.judge import Judgement
+from addons.judge import Conversation, Judgement
 
 _METER = "outgate.meter"
 
@@ -17,25 +17,28 @@ _METER = "outgate.meter"
 class Outcome:
     """How one request ended. Bytes are those of the bodies, as the workload sees them.
 
-    started  POSIX seconds
-    peer     the upstream address that was dialled; None where none was
-    status   what the client was answered with, by the origin or by us; None where nothing was answered
+    started   POSIX seconds
+    upstream  the address and port that were dialled; None where none was
+    status    what the client was answered with, by the origin or by us; None where nothing was answered
     """
 
     judgement: Judgement
-    source: tuple[str, int]
+    conversation: Conversation
     started: float
-    peer: tuple[str, int] | None = None
+    upstream: tuple[str, int] | None = None
     status: int | None = None
     bytes_sent: int = 0
     bytes_received: int = 0
 
 
 class Recorder:
-    """Reports every flow that the gate judged, once."""
+    """Reports every flow that the gate judged, once. `conversation_of` is the gate's."""
 
-    def __init__(self, report: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self, report: Callable[[Outcome], None], conversation_of: Callable[[connection.Client], Conversation]
+    ) -> None:
         self._report = report
+        self._conversation_of = conversation_of
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
         if flow.request.stream:
@@ -61,9 +64,9 @@ class Recorder:
         self._report(
             Outcome(
                 judgement,
-                source=flow.client_conn.peername,
+                self._conversation_of(flow.client_conn),
                 started=flow.request.timestamp_start,
-                peer=flow.server_conn.peername,
+                upstream=flow.server_conn.peername,
                 status=response.status_code if response else None,
                 bytes_sent=meter.sent,
                 bytes_received=meter.received + len(response.raw_content or b"" if response else b""),

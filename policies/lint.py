@@ -211,19 +211,10 @@ def _closed_by(rule: AnyRule, index: WorkloadIndex, guard: HostTable) -> str:
     if isinstance(rule, HostRule) and _is_closed(rule):
         return ""
     for table in (guard, index.hosts):
-        for group in _covering(table, pattern):
+        for group in table.holding(pattern):
             if group.deny_all is not None:
                 return f"deny: all at {group.deny_all.place} closes {group.deny_all.pattern}"
     return ""
-
-
-def _covering(table: HostTable, pattern: Pattern) -> Iterator[HostGroup]:
-    """The groups whose pattern holds every name of `pattern`."""
-    if not pattern.wildcard:
-        yield from table.matching(pattern.host)
-        return
-    names = (pattern.host, *parents(pattern.host))
-    yield from (group for name in names if (group := table.wildcards.get(name)))
 
 
 def _outdone(rule: AnyRule, index: WorkloadIndex) -> str:
@@ -231,7 +222,7 @@ def _outdone(rule: AnyRule, index: WorkloadIndex) -> str:
         case TransportRule() if rule.networks and all(map(_is_never_reached, rule.networks)):
             return "metadata, loopback, link-local and multicast addresses are never reached, whatever a rule says"
         case NameRule(stage=Stage.DNS):
-            hosts = [host for group in _covering(index.hosts, rule.pattern) for host in group.rules]
+            hosts = [host for group in index.hosts.holding(rule.pattern) for host in group.rules]
             lasting = next((host for host in hosts if host.until is None), None)
             return f"{lasting} admits the lookup already" if lasting else ""
         case HostRule(allow=None, deny=()) if not (rule.private or rule.encoded_slash or rule.ech or rule.upgrade):

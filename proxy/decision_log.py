@@ -140,13 +140,13 @@ class _Pretty:
         return f"{colour}{text}{_PLAIN}" if self._colour and text else text
 
 
-def open_log(target: str | None, *, generation: str = "", default: IO[str] | None = None) -> DecisionLog:
-    """The log at `target`: a path (appended to), `-` for standard error, None for `default` (standard output).
+def open_log(target: str | None, *, generation: str = "") -> DecisionLog:
+    """The log at `target`: a path (appended to), `-` for standard error, None for standard output.
 
     Raises OSError when the file cannot be opened. Readable lines where the stream is a terminal, JSON lines elsewhere.
     """
     if target is None:
-        stream = default or sys.stdout
+        stream: IO[str] = sys.stdout
     elif target == "-":
         stream = sys.stderr
     else:

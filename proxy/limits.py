@@ -19,9 +19,7 @@ class Limits:
     idle_s: float = 3600.0  # a pair of connections on which nothing moves; peers behind a lost route never say goodbye
     linger_s: float = 2.0  # how long a denied client may take to read its alert and close
     max_hello: int = MAX_HELLO  # bytes peeked, and so queued in the kernel, for one connection
-    max_linger: int = (
-        64 * 1024
-    )  # bytes of a denied client read and thrown away so that the alert is not lost to a reset
-    max_connections: int = 8192  # descriptors: a flow takes two, a blocked one up to six
+    max_linger: int = 64 * 1024  # bytes of a denied client thrown away, so that no reset overtakes its alert
+    max_connections: int = 8192  # descriptors: a flow takes two, up to six while its bytes wait in pipes
     max_per_source: int = 4096  # one workload must not shut out the others
     max_addresses: int = 6  # connections tried for one flow; an answer with 200 addresses must not open 200

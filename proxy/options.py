@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,14 @@ def read_gate_policy(options: GateOptions) -> tuple[Policy, tuple[Source, ...]]:
     if refused := refused_keys(policy, options.workload):
         raise Unready(_lines(refused))
     return policy, sources
+
+
+def generation_of(sources: Sequence[Source]) -> str:
+    """What tells one policy from another in the log: twelve hex digits of the SHA-256 of its files."""
+    digest = sha256()
+    for source in sources:
+        digest.update(f"{len(source.text)}:".encode() + source.text.encode())
+    return digest.hexdigest()[:12]
 
 
 def warn_of_closed_rules(policy: Policy, workload: str | None) -> None:

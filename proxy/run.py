@@ -16,6 +16,7 @@ from policies.index import Policy
 from proxy.options import (
     GateOptions,
     Unready,
+    generation_of,
     inspected_rule,
     issuing_pem,
     load_authority,
@@ -64,7 +65,7 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
     if proxy_env:
         from proxy.advisory import run_advisory
 
-        return run_advisory(policy, settings, command, environment, Told(policy, options.workload, options.log))
+        return run_advisory(policy, settings, command, environment, Told(policy, settings, options.log))
     from proxy.sandbox import launch
 
     hidden = [options.pki] if options.pki else []  # the authority's keys are the user's to read, not the command's
@@ -78,7 +79,7 @@ async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str 
     from proxy.runtime import Gate
 
     assert settings.workload is not None
-    with Told(policy, settings.workload, log) as told:
+    with Told(policy, settings, log) as told:
         gate = Gate(policy, settings, original_dst=local_dst, record=told.record)
         try:
             gate.enter(sandbox)
@@ -93,11 +94,11 @@ async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str 
 class Told:
     """Where the records of one run go: the log, if one was asked for, and the closing summary on standard error."""
 
-    def __init__(self, policy: Policy, workload: str, log: str | None) -> None:
+    def __init__(self, policy: Policy, settings: Settings, log: str | None) -> None:
         from proxy.summary import Summary
 
-        self._summary = Summary(policy, workload)
-        self._log = _open_log(log) if log else None
+        self._summary = Summary(policy, settings.workload or "")
+        self._log = _open_log(log, generation_of(settings.sources)) if log else None
 
     def __enter__(self) -> Told:
         return self
@@ -114,11 +115,11 @@ class Told:
             print(line, file=sys.stderr)
 
 
-def _open_log(target: str) -> DecisionLog:
+def _open_log(target: str, generation: str) -> DecisionLog:
     from proxy.decision_log import open_log
 
     try:
-        return open_log(target)
+        return open_log(target, generation=generation)
     except OSError as error:
         raise Unready(f"--log {target}: {error.strerror or error}") from error
 

@@ -17,6 +17,7 @@ from proxy.decision_log import DecisionLog, open_log
 from proxy.options import (
     GateOptions,
     Unready,
+    generation_of,
     inspected_rule,
     issuing_pem,
     load_authority,
@@ -40,15 +41,13 @@ def serve(options: GateOptions, listen: str) -> int:
         inspected = inspected_rule(policy, options.workload)
         settings = settings_of(options, sources, _issuing(options, inspected))
         door = _open_door(listen)
-        log = _open_log(options.log)
+        log = _open_log(options.log, generation_of(sources))
     except Unready as error:
         for line in str(error).splitlines():
             print(f"outgate: {line}", file=sys.stderr)
         return NOT_STARTED
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (hard, hard)
-    )  # a flow takes two descriptors, up to six when it is blocked
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a flow takes up to six (Limits.max_connections)
     try:
         asyncio.run(_serve(policy, settings, door, log, starts_inspector=inspected is not None))
     finally:
@@ -97,9 +96,9 @@ def _open_door(listen: str) -> socket.socket:
         raise Unready(f"--listen {listen}: {error.strerror or error}") from error
 
 
-def _open_log(target: str | None) -> DecisionLog:
+def _open_log(target: str | None, generation: str) -> DecisionLog:
     try:
-        return open_log(target)
+        return open_log(target, generation=generation)
     except OSError as error:
         raise Unready(f"--log {target}: {error.strerror or error}") from error
 

@@ -168,7 +168,7 @@ class Inspection:
     def __init__(self, core: Core, handover: Handover) -> None:
         self.core = core
         self._conversation = Conversation(
-            handover.workload, handover.port, handover.plain, handover.source, opened_for=handover.host
+            handover.workload, handover.port, handover.plain, handover.source, handover.host, handover.destination
         )
         client = Client(
             peername=handover.source,

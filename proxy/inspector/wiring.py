@@ -8,7 +8,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
-from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -25,13 +24,12 @@ from pki.leaves import tls_leaves
 from policies.engine import decide
 from policies.hostnames import Hostname
 from policies.index import Policy
-from policies.load import load
 from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy.dialer import interleave
 from proxy.hosts import HostsEntry
 from proxy.inspector.core import Core
 from proxy.inspector.handover import Configuration, Handover
-from proxy.policy_files import Catalogue, ServiceTags, is_public_suffix
+from proxy.policy_files import load_sources
 from proxy.record import Record, Sink, hide_query_values, new_id, record_of
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
 
@@ -42,7 +40,7 @@ _UNTRUSTED = "the client does not trust this gate's CA: give it the trust bundle
 
 def wire(configuration: Configuration, record: Sink, failed: Callable[[Exception], None]) -> Core:
     """A core that serves by `configuration`. Raises what is wrong with it: PolicyError, ValueError, OSError."""
-    policy = _read_policy(configuration)
+    policy = load_sources(configuration.sources, tags=configuration.tags)
     judge = Judge(partial(decide, policy), now=time.time, new_id=new_id)
     conversations: dict[str, Conversation] = {}
 
@@ -54,7 +52,7 @@ def wire(configuration: Configuration, record: Sink, failed: Callable[[Exception
 
     def refuse(conversation: Conversation, note: str, status: int, fault: Reason) -> bytes:
         judgement = judge.unreadable(conversation, note, status=status, fault=fault)
-        report(Outcome(judgement, conversation.source, time.time(), status=status))
+        report(Outcome(judgement, conversation, time.time(), status=status))
         return answer(judgement, closes=True).to_bytes()
 
     def lost(handover: Handover, reason: Reason, what: str) -> None:
@@ -68,7 +66,7 @@ def wire(configuration: Configuration, record: Sink, failed: Callable[[Exception
     )
     leaves = tls_leaves(_read_issuing(configuration.issuing.encode()), lambda: datetime.now(UTC))
     return Core(
-        (Gate(judge, conversation_of), Recorder(report)),
+        (Gate(judge, conversation_of), Recorder(report, conversation_of)),
         upstream,
         conversations,
         configuration.bounds,
@@ -77,13 +75,6 @@ def wire(configuration: Configuration, record: Sink, failed: Callable[[Exception
         lost=lost,
         failed=failed,
     )
-
-
-def _read_policy(configuration: Configuration) -> Policy:
-    tags = ServiceTags()
-    for path in configuration.tags:
-        tags.add(path, Path(path).read_bytes())
-    return load(configuration.sources, catalogue=Catalogue(), tags=tags, is_public_suffix=is_public_suffix)
 
 
 def _read_issuing(pem: bytes) -> Issuing:
@@ -113,17 +104,21 @@ async def _resolve(resolver: Resolver, name: Hostname) -> Resolution:
 def _record_of(policy: Policy, outcome: Outcome) -> Record:
     attempt = outcome.judgement.attempt
     workload = policy.workloads.get(attempt.workload)
+    extra: Record = {}
+    if outcome.upstream:
+        extra["upstream.address"], extra["upstream.port"] = outcome.upstream
     return record_of(
         attempt,
         outcome.judgement.verdict,
         id=outcome.judgement.id,
-        source=outcome.source,
-        destination=outcome.peer,
+        source=outcome.conversation.source,
+        destination=outcome.conversation.destination,
         started=outcome.started,
         bytes_sent=outcome.bytes_sent,
         bytes_received=outcome.bytes_received,
         status=outcome.status,
         url=_url(attempt, log_query=workload is not None and workload.log_query),
+        extra=extra,
     )
 
 
@@ -141,7 +136,7 @@ def _record_of_lost(handover: Handover, reason: Reason, what: str) -> Record:
     """The record of a connection that ended before its first request."""
     stage = Stage.HTTP if handover.plain else Stage.TLS
     attempt = Attempt(stage, handover.workload, handover.host, handover.port, plain=handover.plain, fault=reason)
-    extra: Record = {"error": what} if what else {}
+    extra: Record = {"error.message": what} if what else {}
     if reason is Reason.CLIENT_CERTIFICATE_REFUSED:
         extra["hint"] = _UNTRUSTED
     return record_of(

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from ipaddress import IPv6Address, ip_address
 
 from policies.addresses import Address
 from policies.engine import admit
 from policies.hostnames import Hostname, MalformedName, parse_hostname
 from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy.lookups import Lookups
+from proxy.original_dst import parse_address
 from proxy.record import Peer, Record, Sink, new_id, record_of
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
 from proxy.wire.dns import (
@@ -216,7 +216,7 @@ class DnsRelay:
         host, fault = _parse_host(query.name)
         attempt = Attempt(
             Stage.DNS,
-            self._workload(_parse_source(source[0])),
+            self._workload(parse_address(source[0])),
             host,
             port=destination[1],
             time=time.time(),
@@ -349,11 +349,6 @@ def _parse_host(text: str) -> tuple[Hostname | None, Reason | None]:
         return parse_hostname(text), None
     except MalformedName:
         return None, Reason.MALFORMED_NAME
-
-
-def _parse_source(text: str) -> Address:
-    address = ip_address(text.partition("%")[0])
-    return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 
 
 # --- datagrams

@@ -16,10 +16,10 @@ from os import SPLICE_F_MOVE, SPLICE_F_NONBLOCK, splice
 from proxy.epoll import ERR, IN, OUT, Epoll
 
 PIPE_SIZE = 1 << 19  # asked for; the kernel may grant less (fs.pipe-user-pages-soft)
-CHUNK = (
-    1 << 19
-)  # at most so much moves in one call: a fast flow must not hold up the others, nor a slow one hold memory
+# At most so much moves in one call: a fast flow must not hold up the others, nor a slow one hold memory.
+CHUNK = 1 << 19
 SPARE_PIPES = 64
+PAST_URGENT = 4096  # bytes read the plain way behind an urgent one: no more than the smallest pipe takes
 _MOVE = SPLICE_F_MOVE | SPLICE_F_NONBLOCK
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -129,7 +129,7 @@ class _Side:
 class _Direction:
     """Bytes from one side to the other, through a pipe that is held only while bytes are in it."""
 
-    __slots__ = ("count", "held", "is_blocked", "is_done", "opposite", "pipe", "relay", "source", "target")
+    __slots__ = ("count", "held", "is_done", "opposite", "pipe", "relay", "source", "target")
 
     opposite: _Direction
 
@@ -140,21 +140,18 @@ class _Direction:
         self.pipe: Pipe | None = None
         self.held = 0  # bytes in the pipe
         self.count = 0  # bytes the target took
-        self.is_blocked = False  # the target takes no more: the source is not read, the target is asked for room
         self.is_done = False
         source.inward = target.outward = self
 
     def pump(self) -> None:
-        """The source has something to read."""
+        """The source has something to read. Where the target takes no more, only its room is asked for."""
         if self._fill() and not self._drain():
-            self.is_blocked = True
             self.source.ask(self.source.events & ~IN)
             self.target.ask(self.target.events | OUT)
 
     def resume(self) -> None:
         """The target has room again, or is gone. What has come meanwhile is moved at once, before anything is asked."""
         if self._drain() and (self.is_done or not self._fill() or self._drain()) and not self.relay.is_over:
-            self.is_blocked = False
             self.target.ask(self.target.events & ~OUT)
             if not self.is_done:
                 self.source.ask(self.source.events | IN)
@@ -164,7 +161,10 @@ class _Direction:
         pipes = self.relay.pipes
         pipe = pipes.take()
         try:
-            got = splice(self.source.fd, pipe[1], CHUNK, flags=_MOVE)
+            try:
+                got = splice(self.source.fd, pipe[1], CHUNK, flags=_MOVE)
+            except BlockingIOError:  # nothing; or an urgent byte, at which splice stops while epoll reports it for ever
+                got = self._step_over(pipe)
         except BlockingIOError:
             pipes.give(pipe)
             return False
@@ -179,6 +179,11 @@ class _Direction:
         pipes.give(pipe)
         self._finish()
         return False
+
+    def _step_over(self, pipe: Pipe) -> int:
+        """Read past an urgent byte (RFC 6093), which is left out. Raises BlockingIOError where there is none."""
+        data = self.source.sock.recv(PAST_URGENT)
+        return os.write(pipe[1], data) if data else 0
 
     def _drain(self) -> bool:
         """Empty the pipe into the target. False: the target has no room for the rest."""

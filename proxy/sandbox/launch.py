@@ -130,7 +130,6 @@ def _take_over(control: socket.socket, order: inside.Order, environment: dict[st
         terminals=order.terminals,
         relay_end=fds[0] if fds else None,
         environment=environment,
-        has_ipv6=has_ipv6,
         has_own_proc=has_own_proc,
     )
 

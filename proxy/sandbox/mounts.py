@@ -13,9 +13,7 @@ _RESOLV_CONF = "/etc/resolv.conf"
 # The kernel's own switches: uid 0 may write them without any capability (kernel.core_pattern names a program that the
 # host then runs). Container runtimes keep the same list.
 _SWITCHES = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-_LOCKED_FLAGS = (
-    libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC
-)  # a remount may not lose these; statvfs has the same bits
+_LOCKED_FLAGS = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC  # no remount may lose these; statvfs has the same bits
 
 
 def apply(masks: Masks) -> bool:

@@ -37,7 +37,6 @@ class Sandbox:
 
     sockets       the listeners, non-blocking, for the caller to serve
     packets       for ClosedPorts
-    has_ipv6      False: the command has no IPv6 at all
     has_own_proc  False: a container kept /proc from being mounted, so it shows the outer process numbers
     """
 
@@ -51,11 +50,10 @@ class Sandbox:
         terminals: tuple[int, ...],
         relay_end: int | None,
         environment: dict[str, str],
-        has_ipv6: bool,
         has_own_proc: bool,
     ) -> None:
         self.sockets, self.packets = sockets, packets
-        self.has_ipv6, self.has_own_proc = has_ipv6, has_own_proc
+        self.has_own_proc = has_own_proc
         self._pid = pid  # process 1 inside
         self._pidfd = os.pidfd_open(pid)
         self._control = control
@@ -73,10 +71,6 @@ class Sandbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def has_terminal(self) -> bool:
-        return self._relay_end is not None
 
     def release(self, environment: Mapping[str, str] | None = None) -> None:
         """Let the command run, with `environment` added to its own. Call it once, when everything is served."""

@@ -128,7 +128,7 @@ class Relay:
         continue_command: Callable[[bool], None],
     ) -> None:
         self._loop, self._outer = loop, outer
-        self._signal_command, self._continue_command = signal_command, continue_command
+        self._continue_command = continue_command
         self._user = _reopen(like)
         self._ttou = signal.getsignal(signal.SIGTTOU)
         self._settings: list[int | list[bytes | int]] | None = None  # the user's own, while ours are in force

@@ -68,7 +68,12 @@ def scene() -> Scene:
     conversation = Conversation(WORKLOAD, 443, False, ("10.0.0.1", 5000), HOST)
     outcomes: list[Outcome] = []
     judge = Judge(partial(decide, POLICY), now=lambda: 0.0, new_id=lambda: "id")
-    return Scene(Gate(judge, lambda _client: conversation), Recorder(outcomes.append), conversation, outcomes)
+    return Scene(
+        Gate(judge, lambda _client: conversation),
+        Recorder(outcomes.append, lambda _client: conversation),
+        conversation,
+        outcomes,
+    )
 
 
 def test_a_denied_request_is_answered_at_its_headers(scene: Scene) -> None:

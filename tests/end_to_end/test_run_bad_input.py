@@ -277,11 +277,10 @@ def test_the_last_words_of_a_command_are_judged_and_recorded(world: World) -> No
     question = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00" + encode_name(Hostname("last.unknown")) + b"\0\1\0\1"
     ran = world.run([sys.executable, "-c", LAST_WORDS, hello("last.unknown").hex(), question.hex()], policy=FAILING)
     told = {(record["stage"], record.get("destination.address")): record["reason"] for record in ran.records}
-    judged, not_judged = told.pop(("http", None), None), told.pop(("http", "1.2.3.4"), None)
 
     assert ran.status == 5
     # the inspector starts for this one, and the gate waits a second for it
-    assert (judged, not_judged) in [("no_rule", None), (None, "client_gone")]
+    assert told.pop(("http", "1.2.3.4")) in ("no_rule", "client_gone")
     assert told == {
         ("tls", "1.2.3.5"): "no_rule",
         ("tcp", "1.2.3.6"): "no_rule",
