@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from policies.hostnames import Hostname, MalformedName, parse_hostname
 from policies.model import Action, Attempt, HostRule, Reason, Stage, Verdict
@@ -24,6 +24,8 @@ _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # a folded line (RFC 9112 5
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _AUTHORITY = re.compile(r"([^:/?#@\\\x00-\x20\x7f]+)(?::([1-9][0-9]{0,4}))?")
 _ABSOLUTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
+_METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
+_TARGET_OVERRIDES = frozenset({b"x-original-url", b"x-rewrite-url"})  # IIS, and frameworks that were made to follow it
 _UNSERVED = frozenset({"CONNECT", "TRACE"})  # a tunnel that nobody judges; an echo of headers that scripts may not see
 _VERSIONS = frozenset({"HTTP/1.0", "HTTP/1.1"})
 
@@ -109,13 +111,15 @@ class _Fault(Exception):
 
 @dataclass(slots=True)
 class _Head:
-    """What of a head bears on the verdict, as far as it could be read."""
+    """What of a head bears on the verdict, as far as it could be read. `methods` and `targets` override the line's."""
 
     host: Hostname | None
     target: str
     has_body: bool = False
     upgrade: str | None = None
     page: bool = False
+    methods: list[str] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)
 
 
 class Judge:
@@ -154,6 +158,13 @@ class Judge:
             fault=fault.reason if fault else None,
         )
         verdict = self.decide(attempt)
+        for other in _other_readings(attempt, head):
+            if not verdict.is_allow:
+                break
+            if not (second := self.decide(other)).is_allow:
+                attempt, verdict = other, second  # the record and the answer say what was refused
+            elif second.would_be:
+                verdict = second
         if conversation.opened_for is None and fault is None:
             conversation.opened_for = head.host
         if verdict.is_allow:
@@ -189,6 +200,15 @@ class Judge:
         return replace(judgement, verdict=replace(judgement.verdict, reason=reason))
 
 
+def _other_readings(attempt: Attempt, head: _Head) -> list[Attempt]:
+    """The same request as an origin reads it that heeds overriding headers."""
+    return [
+        replace(attempt, method=method, target=target)
+        for method in (attempt.method, *head.methods)
+        for target in (attempt.target, *head.targets)
+    ][1:]
+
+
 def _read_head(head: _Head, conversation: Conversation, method: str, version: str, fields: Fields) -> None:
     """Fills `head`. Raises _Fault where two readers of these bytes could disagree (RFC 9112 11.2)."""
     hosts: list[bytes] = []
@@ -211,6 +231,8 @@ def _read_head(head: _Head, conversation: Conversation, method: str, version: st
                 upgrades.append(value)
             case b"accept":
                 head.page = b"text/html" in value and b"json" not in value
+            case key if key.startswith((b"x-", b"x_")):
+                _read_override(head, key.replace(b"_", b"-"), value)
     if version not in _VERSIONS:
         raise _Fault(Reason.MALFORMED_REQUEST, f"{version!a} is not HTTP/1.0 or HTTP/1.1")
     if lengths or codings:
@@ -223,6 +245,17 @@ def _read_head(head: _Head, conversation: Conversation, method: str, version: st
     head.target = _read_target(head.target, head.host, conversation)
     if upgrades:
         head.upgrade = b", ".join(upgrades).decode("latin-1").lower()
+
+
+def _read_override(head: _Head, name: bytes, value: bytes) -> None:
+    """An origin may serve what such a header says instead of what the request line says: both are judged."""
+    text = value.decode("latin-1").strip(" \t")
+    if name in _METHOD_OVERRIDES:
+        head.methods.append(text.upper())
+    elif name in _TARGET_OVERRIDES:
+        head.targets.append(text)
+    if len(head.methods) > 1 or len(head.targets) > 1:
+        raise _Fault(Reason.MALFORMED_REQUEST, "more than one header names another method, or another path")
 
 
 def _has_body(lengths: list[bytes], codings: list[bytes], version: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from policies.index import Policy
+from proxy.options import say
 from proxy.original_dst import redirected_dst
 from proxy.runtime import Gate, Settings
 
@@ -26,8 +26,7 @@ def run_advisory(
     policy: Policy, settings: Settings, command: Sequence[str], environment: Mapping[str, str], told: Told
 ) -> int:
     """Run `command` with variables that lead obedient programs to the gate. Returns its status as a shell would."""
-    for line in NOTICE.splitlines():
-        print(f"outgate: {line}", file=sys.stderr)
+    say(NOTICE)
     with told:
         return asyncio.run(_run(policy, settings, command, environment, told))
 
@@ -43,10 +42,10 @@ async def _run(
                 *command, env=dict(environment) | proxy_variables(door.getsockname()[1], environment)
             )
         except FileNotFoundError:
-            print(f"outgate: {command[0]}: not found", file=sys.stderr)
+            say(f"{command[0]}: command not found")
             return NOT_FOUND
         except OSError as error:
-            print(f"outgate: {command[0]}: {error.strerror or error}", file=sys.stderr)
+            say(f"{command[0]}: {error.strerror or error}")
             return NOT_EXECUTABLE
         else:
             loop = asyncio.get_running_loop()

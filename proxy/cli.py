@@ -7,6 +7,8 @@ from importlib import import_module
 
 import click
 
+from proxy.own_code import settle_imports
+
 COMMANDS = {  # name: (where it lives, its line in --help)
     "run": ("proxy.commands.run:run", "Run a command that reaches what its policy names and nothing else."),
     "serve": ("proxy.commands.serve:serve", "Serve redirected connections in the foreground."),
@@ -55,6 +57,7 @@ def outgate() -> None:
 
 def main() -> None:
     """The entry point. A closed pipe (`outgate why … | head`) is no error worth a traceback."""
+    settle_imports()
     try:
         outgate(prog_name="outgate")
     except BrokenPipeError:

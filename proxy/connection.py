@@ -85,8 +85,8 @@ class Tunnel:
 class Connection:
     """Owns its socket until it is over: closed or given away. Writes one decision record, unless the inspector does."""
 
-    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_gate", "_give_up", "_is_resting", "_left", "_opened",
-                 "_tunnel", "_wanted", "deadline", "destination", "fd", "is_over", "peer", "sock", "source",
+    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_gate", "_give_up", "_is_resting", "_is_silent", "_left",
+                 "_opened", "_tunnel", "_wanted", "deadline", "destination", "fd", "is_over", "peer", "sock", "source",
                  "workload")  # fmt: skip
 
     def __init__(self, gate: Gate, sock: socket.socket, peer: Peer, tunnel: Tunnel | None = None) -> None:
@@ -105,6 +105,7 @@ class Connection:
         self._first: First | None = None
         self._wanted = 1  # bytes the kernel is asked to wait for
         self._is_resting = False
+        self._is_silent = False
         self._left = -1  # bytes it may still send for us to throw away; negative unless it was denied
         self._flow: Flow | None = None
 
@@ -196,7 +197,17 @@ class Connection:
             self._gate.epoll.change(self.fd, _FIRST_BYTES)
         else:  # silent: it waits for the server to speak
             self._gate.epoll.remove(self.fd)
+            self._is_silent = True
             self._judge_opaque()
+
+    def _spoke(self) -> None:
+        """It speaks before its server does, as in TLS and HTTP: no pause takes a hello past the host rules."""
+        epoll = self._gate.epoll
+        self._flow = None
+        self._is_silent = False
+        self.deadline = self._give_up = epoll.now + self._gate.limits.hello_s
+        epoll.watch(self)
+        epoll.put(self.fd, _FIRST_BYTES, self._peek, self.failed)
 
     # --- the verdict ---
 
@@ -351,6 +362,7 @@ class Connection:
             denied=self._deny,
             ended=partial(self._ended, verdict),
             failed=self.failed,
+            spoke=self._spoke if self._is_silent else None,
         )
         self._flow.start(verdict.host or attempt.host)
 

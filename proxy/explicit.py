@@ -26,6 +26,7 @@ from proxy.record import Peer, Sink, new_id, record_of
 MAX_HEAD = 16 * 1024  # a head that never ends must not grow our memory
 HEAD_S = 10.0  # slowloris
 LINGER_S = 2.0
+REST_S = 0.1
 MAX_LINGER = 64 * 1024
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 _REQUEST_LINE = re.compile(rb"([A-Z]+) ([\x21-\x7e]{1,8000}) HTTP/1\.[01]\r\n")
@@ -61,7 +62,11 @@ class ExplicitProxy:
         loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as group:
             while True:
-                sock, peer = await loop.sock_accept(listener)
+                try:
+                    sock, peer = await loop.sock_accept(listener)
+                except OSError:  # out of descriptors, or gone while it waited: neither is the end for the others
+                    await asyncio.sleep(REST_S)
+                    continue
                 group.create_task(self._open(sock, peer[:2]))
 
     async def _open(self, sock: socket.socket, peer: Peer) -> None:

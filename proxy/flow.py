@@ -13,7 +13,7 @@ from policies.hostnames import Hostname
 from policies.model import Action, Address, Reason, Verdict
 from policies.model import Dial as DialTo
 from proxy.dialer import Dial, interleave
-from proxy.epoll import Epoll
+from proxy.epoll import IN, RDHUP, Epoll
 from proxy.limits import Limits
 from proxy.original_dst import Destination
 from proxy.relays.stream import End, Pipes, StreamRelay
@@ -49,10 +49,12 @@ class Flow:
     denied  nothing may be dialled, or nothing answers; the client's socket is as it was
     ended   it was relayed to `upstream` and is over; both sockets are closed
     failed  a callback crashed
+    spoke   only where it is given: the client spoke before the upstream did, which is closed; the client's socket is as
+            it was
     """
 
     __slots__ = ("_client", "_denied", "_destination", "_dial", "_ended", "_exit", "_failed", "_lookup", "_relay",
-                 "_verdict", "upstream")  # fmt: skip
+                 "_spoke", "_verdict", "_waiting", "deadline", "upstream")  # fmt: skip
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class Flow:
         denied: Callable[[Verdict], None],
         ended: Callable[[End], None],
         failed: Callable[[Exception], None],
+        spoke: Callable[[], None] | None = None,
     ) -> None:
         self._exit = exit
         self._client = client
@@ -72,6 +75,9 @@ class Flow:
         self._denied = denied
         self._ended = ended
         self._failed = failed
+        self._spoke = spoke
+        self._waiting: socket.socket | None = None  # connected, and nobody has spoken yet
+        self.deadline = inf
         self._lookup: asyncio.Task[None] | None = None
         self._dial: Dial | None = None
         self._relay: StreamRelay | None = None
@@ -104,6 +110,7 @@ class Flow:
             self._relay.end(End.RESET)
         if self._dial is not None:
             self._dial.cancel()
+        self._drop_waiting()
         if self._lookup is not None:
             self._lookup.cancel()
 
@@ -160,6 +167,47 @@ class Flow:
         self._dial = None
         self.upstream = address, self.upstream[1]
         self._client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._spoke is None:
+            self._carry(upstream)
+            return
+        epoll = self._exit.epoll
+        self._waiting = upstream
+        self.deadline = epoll.now + self._exit.limits.idle_s
+        epoll.watch(self)
+        epoll.put(upstream.fileno(), IN, self._upstream_spoke, self.failed)
+        epoll.put(self._client.fileno(), IN | RDHUP, self._client_spoke, self.failed)
+
+    def _upstream_spoke(self, _events: int) -> None:
+        upstream, self._waiting = self._waiting, None
+        if upstream is not None:
+            self._exit.epoll.unwatch(self)
+            self._carry(upstream)
+
+    def _client_spoke(self, _events: int) -> None:
+        self._drop_waiting()
+        if self._spoke is not None:
+            self._spoke()
+
+    def expired(self) -> None:
+        self._drop_waiting()
+        self._deny(Reason.HELLO_TIMEOUT)
+
+    def failed(self, error: Exception) -> None:
+        """A callback crashed."""
+        self._drop_waiting()
+        self._failed(error)
+
+    def _drop_waiting(self) -> None:
+        if self._waiting is None:
+            return
+        epoll = self._exit.epoll
+        epoll.unwatch(self)
+        epoll.remove(self._client.fileno())
+        epoll.forget(self._waiting.fileno())
+        self._waiting.close()
+        self._waiting = None
+
+    def _carry(self, upstream: socket.socket) -> None:
         exit = self._exit
         self._relay = StreamRelay(
             exit.epoll, exit.pipes, self._client, upstream, idle_s=exit.limits.idle_s, ended=self._ended

@@ -16,11 +16,22 @@ if TYPE_CHECKING:  # `run` forks before anything that is not needed until then i
     from policies.errors import Problem
     from policies.index import Policy
     from policies.tree import Source
+    from proxy.decision_log import DecisionLog
     from proxy.runtime import Settings
 
 
 class Unready(Exception):
     """The gate does not start. `str()` is what to print: what, where, repair."""
+
+
+class Misused(Unready):
+    """The command line itself cannot be meant; a usage error, where the command has a code for those."""
+
+
+def say(text: str) -> None:
+    """What a person who started the gate is told, on standard error; each line names who says it."""
+    for line in text.splitlines():
+        print(f"outgate: {line}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +51,6 @@ def read_gate_policy(options: GateOptions) -> tuple[Policy, tuple[Source, ...]]:
     """The policy, and its text for the inspector. Raises Unready with every problem, one a line."""
     from policies.errors import PolicyError
     from proxy.policy_files import load_sources, read_sources
-    from proxy.served import refused_keys
 
     try:
         sources = read_sources(options.paths)
@@ -51,25 +61,36 @@ def read_gate_policy(options: GateOptions) -> tuple[Policy, tuple[Source, ...]]:
         from policies.spelling import did_you_mean
 
         hint = did_you_mean(options.workload, policy.workloads)
-        raise Unready(f'unknown workload "{options.workload}"; {hint}')
-    if refused := refused_keys(policy, options.workload):
-        raise Unready(_lines(refused))
+        raise Misused(f'unknown workload "{options.workload}"; {hint}')
     return policy, sources
 
 
-def generation_of(sources: Sequence[Source]) -> str:
-    """What tells one policy from another in the log: twelve hex digits of the SHA-256 of its files."""
+def decision_log(target: str | None, sources: Sequence[Source]) -> DecisionLog:
+    """The log at `--log`, in which every record says which policy judged. Raises Unready."""
+    from proxy.decision_log import open_log
+
+    try:
+        return open_log(target, generation=_generation_of(sources))
+    except OSError as error:
+        raise Unready(f"--log {target}: {error.strerror or error}") from error
+
+
+def _generation_of(sources: Sequence[Source]) -> str:
+    """What tells one policy from another in the log: twelve hex digits of a SHA-256 over the text of its files."""
     digest = sha256()
     for source in sources:
         digest.update(f"{len(source.text)}:".encode() + source.text.encode())
     return digest.hexdigest()[:12]
 
 
-def warn_of_closed_rules(policy: Policy, workload: str | None) -> None:
-    from proxy.served import closed_rules
+def require_served(policy: Policy, workload: str | None) -> None:
+    """Says which rules of the workload (of all: None) stay closed. Raises Unready for keys that are not served."""
+    from proxy.served import closed_rules, refused_keys
 
+    if refused := refused_keys(policy, workload):
+        raise Unready(_lines(refused))
     for problem in closed_rules(policy, workload):
-        print(f"outgate: {problem}", file=sys.stderr)
+        say(str(problem))
 
 
 def inspected_rule(policy: Policy, workload: str | None) -> HostRule | None:
@@ -87,7 +108,7 @@ def settings_of(options: GateOptions, sources: Sequence[Source], issuing: Callab
     try:
         hosts = parse_host_options(options.hosts)
     except MalformedHostOption as error:
-        raise Unready(str(error)) from error
+        raise Misused(str(error)) from error
     return Settings(
         workload=options.workload,
         issuing=issuing,

@@ -13,27 +13,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policies.index import Policy
+from proxy import own_code
 from proxy.options import (
     GateOptions,
     Unready,
-    generation_of,
+    decision_log,
     inspected_rule,
     issuing_pem,
     load_authority,
     new_authority,
     read_gate_policy,
+    require_served,
+    say,
     settings_of,
-    warn_of_closed_rules,
 )
 
 if TYPE_CHECKING:  # nothing that starts a thread or an event loop may be loaded before the fork
     from pki.authority import Authority
-    from proxy.decision_log import DecisionLog
     from proxy.record import Record
     from proxy.runtime import Settings
     from proxy.sandbox import Ports, Sandbox
 
 NOT_STARTED = 125  # as env(1), nohup(1) and docker run: the command's own codes stay its own
+
+OPENSSL_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENSSL_CONF", "OPENSSL_MODULES")  # files that our TLS loads
 
 # Capture is transparent: a proxy that the user's shell names cannot be reached from inside and is not needed.
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy", "no_proxy")
@@ -47,8 +50,7 @@ def run(options: GateOptions, command: Sequence[str], *, proxy_env: bool) -> int
     try:
         return _run(options, command, Path(trust), proxy_env=proxy_env)
     except (Unready, SandboxUnavailable) as error:
-        for line in str(error).splitlines():
-            print(f"outgate: {line}", file=sys.stderr)
+        say(str(error))
         return NOT_STARTED
     finally:
         shutil.rmtree(trust, ignore_errors=True)
@@ -58,7 +60,7 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
     policy, sources = read_gate_policy(options)
     options = _with_workload(options, policy)
     assert options.workload is not None
-    warn_of_closed_rules(policy, options.workload)
+    require_served(policy, options.workload)
     authority = load_authority(options.pki) if options.pki else new_authority()
     settings = settings_of(options, sources, partial(issuing_pem, authority))
     environment = _environment(options, authority, settings, trust)
@@ -70,7 +72,12 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
 
     hidden = [options.pki] if options.pki else []  # the authority's keys are the user's to read, not the command's
     ports = _ports(policy, options.workload)
-    with launch(command, ports=ports, environment=environment, hide=hidden) as sandbox:
+    if options.log:
+        _create(options.log)
+    # What the gate still reads while the command runs, and the record of it.
+    named = (settings.upstream_ca, options.log, *map(os.environ.get, OPENSSL_VARIABLES))
+    kept = [*own_code.places(), *options.paths, *options.tags, *filter(None, named)]
+    with launch(command, ports=ports, environment=environment, hide=hidden, keep=kept) as sandbox:
         return asyncio.run(_serve(policy, settings, sandbox, options.log))
 
 
@@ -83,10 +90,10 @@ async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str 
         gate = Gate(policy, settings, original_dst=local_dst, record=told.record)
         try:
             gate.enter(sandbox)
-            sandbox.release()
             if inspected_rule(policy, settings.workload):
                 gate.start_inspector()  # beside the command's own start, or its first request would wait for it
-            return await sandbox.wait()
+            sandbox.release()
+            return await sandbox.wait()  # at once: until it listens, a signal would end us instead of the command
         finally:
             await gate.close()
 
@@ -98,7 +105,7 @@ class Told:
         from proxy.summary import Summary
 
         self._summary = Summary(policy, settings.workload or "")
-        self._log = _open_log(log, generation_of(settings.sources)) if log else None
+        self._log = decision_log(log, settings.sources) if log else None
 
     def __enter__(self) -> Told:
         return self
@@ -115,13 +122,13 @@ class Told:
             print(line, file=sys.stderr)
 
 
-def _open_log(target: str, generation: str) -> DecisionLog:
-    from proxy.decision_log import open_log
-
+def _create(log: str) -> None:
+    """A file that is not there cannot be kept from the command. Raises Unready."""
     try:
-        return open_log(target, generation=generation)
+        if log != "-" and not os.path.exists(log):
+            open(log, "a").close()
     except OSError as error:
-        raise Unready(f"--log {target}: {error.strerror or error}") from error
+        raise Unready(f"--log {log}: {error.strerror or error}") from error
 
 
 def _with_workload(options: GateOptions, policy: Policy) -> GateOptions:
@@ -145,7 +152,7 @@ def _environment(options: GateOptions, authority: Authority, settings: Settings,
     try:
         public = public_roots(os.environ)
     except TrustError as error:
-        print(f"outgate: {error}; inside, only inspected hosts will be trusted", file=sys.stderr)
+        say(f"{error}; inside, only inspected hosts will be trusted")
         public = b""
     roots = certificates_pem(*(root.certificate for root in authority.roots))
     if settings.upstream_ca:  # what the gate accepts upstream the command accepts on passthrough

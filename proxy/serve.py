@@ -6,46 +6,46 @@ import asyncio
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address
 
 from policies.index import Policy
 from policies.model import HostRule
-from proxy.decision_log import DecisionLog, open_log
+from proxy.decision_log import DecisionLog
 from proxy.options import (
     GateOptions,
+    Misused,
     Unready,
-    generation_of,
+    decision_log,
     inspected_rule,
     issuing_pem,
     load_authority,
     new_authority,
     read_gate_policy,
+    require_served,
+    say,
     settings_of,
-    warn_of_closed_rules,
 )
 from proxy.original_dst import redirected_dst
 from proxy.runtime import Gate, Settings
 
-NOT_STARTED = 3
+USAGE, NOT_STARTED = 2, 3
 BACKLOG = 4096
 
 
 def serve(options: GateOptions, listen: str) -> int:
-    """Serve until SIGINT or SIGTERM. Returns 0, or 3 after one clear line when the gate could not start."""
+    """Serve until SIGINT or SIGTERM. Returns 0; after one clear line 2 (misused) or 3 (not started)."""
     try:
         policy, sources = read_gate_policy(options)
-        warn_of_closed_rules(policy, options.workload)
+        require_served(policy, options.workload)
         inspected = inspected_rule(policy, options.workload)
         settings = settings_of(options, sources, _issuing(options, inspected))
         door = _open_door(listen)
-        log = _open_log(options.log, generation_of(sources))
+        log = decision_log(options.log, sources)
     except Unready as error:
-        for line in str(error).splitlines():
-            print(f"outgate: {line}", file=sys.stderr)
-        return NOT_STARTED
+        say(str(error))
+        return USAGE if isinstance(error, Misused) else NOT_STARTED
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a flow takes up to six (Limits.max_connections)
     try:
@@ -66,7 +66,7 @@ async def _serve(
         gate.listen(door)
         if starts_inspector:
             gate.start_inspector()
-        print(f"outgate: serving redirected connections on {_shown(door)}", file=sys.stderr)
+        say(f"serving redirected connections on {_shown(door)}")
         await stop.wait()
     finally:
         await gate.close()
@@ -82,7 +82,7 @@ def _issuing(options: GateOptions, inspected: HostRule | None) -> Callable[[], s
 
 
 def _open_door(listen: str) -> socket.socket:
-    """A listening socket on `ADDR:PORT` or `[ADDR6]:PORT`. Raises Unready."""
+    """A listening socket on `ADDR:PORT` or `[ADDR6]:PORT`. Raises Misused, Unready."""
     host, _, port = listen.rpartition(":")
     try:
         address = ip_address(host.removeprefix("[").removesuffix("]"))
@@ -91,16 +91,9 @@ def _open_door(listen: str) -> socket.socket:
         both = str(address) == "::" and socket.has_dualstack_ipv6()  # as every other server that is told [::]
         return socket.create_server((str(address), number), family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except (ValueError, OverflowError) as error:
-        raise Unready(f'--listen "{listen}": write ADDR:PORT, for example 0.0.0.0:15001 or [::]:15001') from error
+        raise Misused(f'--listen "{listen}": write ADDR:PORT, for example 0.0.0.0:15001 or [::]:15001') from error
     except OSError as error:
         raise Unready(f"--listen {listen}: {error.strerror or error}") from error
-
-
-def _open_log(target: str | None, generation: str) -> DecisionLog:
-    try:
-        return open_log(target, generation=generation)
-    except OSError as error:
-        raise Unready(f"--log {target}: {error.strerror or error}") from error
 
 
 def _shown(door: socket.socket) -> str:

@@ -41,6 +41,7 @@ class Summary:
         self.failed = 0
         self.audited = 0
         self._denials: Counter[tuple[str, str]] = Counter()
+        self._query_types: dict[tuple[str, str], set[object]] = {}
 
     def __call__(self, record: Record) -> None:
         would_deny = record.get("would_be") == "deny"
@@ -48,14 +49,24 @@ class Summary:
             self.allowed += record["stage"] != "dns"  # a lookup that is let through is no use of anything yet
             return
         key = (describe(record), str(record["reason"]))
-        if record.get("dns.question.type") == "AAAA" and key in self._denials:
-            return  # one lookup to the program: both families are asked at once
+        if self._is_other_family(key, record.get("dns.question.type")):
+            return
         is_failure = record["reason"] in FAILURES
         self.failed += is_failure
         self.denied += not (would_deny or is_failure)
         self.audited += would_deny
         if key in self._denials or len(self._denials) < MAX_REMEMBERED:
             self._denials[key] += 1
+
+    def _is_other_family(self, key: tuple[str, str], query_type: object) -> bool:
+        """A and AAAA are one lookup to the program; they come together, in any order."""
+        seen = self._query_types.get(key, set())
+        if query_type is None or not seen or query_type in seen:
+            if len(self._query_types) < MAX_REMEMBERED or key in self._query_types:
+                self._query_types[key] = {query_type}
+            return False
+        seen.add(query_type)
+        return True
 
     def lines(self) -> Iterator[str]:
         """The closing lines, none where there was nothing to say."""

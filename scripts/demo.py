@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
-OUTGATE = ROOT / ".venv" / "bin" / "outgate"
+OUTGATE = Path(sys.prefix) / "bin" / "outgate"  # of the environment that runs this
 POLICY = ROOT / "policies" / "examples" / "weather.yaml"
 WEATHER, UBUNTU = "dataservice.accuweather.com", "archive.ubuntu.com"
 
@@ -167,9 +167,8 @@ def main() -> int:
     print("What a program was refused is said when it ends, with the lines to paste:\n")
     print("    " + "\n    ".join(done.stderr.strip().splitlines()))
     print(f"\n{time.monotonic() - started:.1f} s. Now your own command:\n")
-    print(
-        f"    {OUTGATE.relative_to(ROOT)} run -p {POLICY.relative_to(ROOT)} -w weather -- curl -v https://{WEATHER}/search\n"
-    )
+    own = f"run -p {POLICY.relative_to(ROOT)} -w weather -- curl -v https://{WEATHER}/search"
+    print(f"    {os.path.relpath(OUTGATE, ROOT)} {own}\n")
     if not as_expected:
         print("something above is not what the policy says", file=sys.stderr)
     return 0 if as_expected else 1

@@ -17,6 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ORDINARY_UID = 4242  # nobody's
+# Shell that lives until a trap ends it. `wait` alone hears every signal: a dash that starts a program (vfork) drops one
+# that comes in that moment.
+UNTIL_SIGNALLED = "sleep 1000 & while :; do wait; done"
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 

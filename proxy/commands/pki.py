@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from proxy.commands import NO, NOT_STARTED
+
 if TYPE_CHECKING:  # cryptography costs 80 ms, and `--help` needs none of it
     from cryptography.x509 import Certificate
 
@@ -44,6 +46,7 @@ def init(directory: Path, name: str, as_json: bool) -> None:
 
     from pki.authority import AuthorityError, create_authority
     from pki.store import StoreError, StoreExists, save
+    from proxy.console import stop
 
     try:
         authority = create_authority(datetime.now(UTC), name=name)
@@ -52,8 +55,7 @@ def init(directory: Path, name: str, as_json: bool) -> None:
     try:
         save(authority, directory)
     except StoreError as error:
-        click.echo(f"outgate pki init: {error}", err=True)
-        raise SystemExit(1 if isinstance(error, StoreExists) else 3) from error
+        stop(str(error), NO if isinstance(error, StoreExists) else NOT_STARTED)
 
     root = _facts(authority.roots[0].certificate, directory / "roots")
     issuing = _facts(authority.issuing.certificate, directory / "issuing")

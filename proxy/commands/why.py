@@ -37,7 +37,7 @@ JSON keys: attempt workload verdict reason because stage rule mode stages[stage 
 
 @click.command(epilog=EPILOG)
 @policy_options
-@click.option("-w", "--workload", envvar="OUTGATE_WORKLOAD", show_envvar=True, help="Who attempts it.")
+@click.option("-w", "--workload", metavar="NAME", envvar="OUTGATE_WORKLOAD", show_envvar=True, help="Who attempts it.")
 @click.option("--at", "day", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Judge as of this day (UTC).")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.argument("attempt", nargs=-1, required=True, metavar="ATTEMPT")

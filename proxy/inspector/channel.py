@@ -27,7 +27,8 @@ class Carried(Protocol):
 class Channel:
     """One end. Runs on the current loop.
 
-    received  one message, and the descriptor that came with it (its owner from then on) or None
+    received  one message, and the descriptor that came with it (its owner from then on) or None; None also where
+              this process has no room for another descriptor
     closed    the other end is gone; nothing follows
     drained   the queue is empty again
     """
@@ -112,8 +113,7 @@ class Channel:
                 return
             except OSError:
                 message, descriptors, flags = b"", [], 0
-            is_cut = flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
-            if not message or is_cut:
+            if not message or flags & socket.MSG_TRUNC:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 self._loop.remove_reader(self._sock.fileno())

@@ -11,7 +11,7 @@ import errno
 import socket
 import ssl
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import cast
@@ -85,17 +85,18 @@ class Core:
         self._context_of = context_of
         self._lost = lost
         self._inspections: set[Inspection] = set()
-        self._starting = 0
+        self._by_source: Counter[str] = Counter()  # those that begin, and those in `_inspections`
         self._is_held = False
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def serve(self, sock: socket.socket, handover: Handover) -> None:
         """Take over one connection: TLS first, where it has TLS. Every end of it is recorded."""
-        if len(self._inspections) + self._starting >= self.bounds.connections:
+        source = handover.source[0]
+        if self._by_source.total() >= self.bounds.connections or self._by_source[source] >= self.bounds.per_source:
             sock.close()
-            self._lost(handover, Reason.TOO_MANY_CONNECTIONS, "")
+            self.turn_away(handover)
             return
-        self._starting += 1
+        self._by_source[source] += 1
         try:
             await self._start(sock, handover)
         except ssl.SSLError as error:
@@ -112,7 +113,7 @@ class Core:
             self._lost(handover, Reason.GATE_FAILED, type(error).__name__)
             self.failed(error)
         finally:
-            self._starting -= 1
+            self._leave(source)
 
     async def _start(self, sock: socket.socket, handover: Handover) -> None:
         inspection = Inspection(self, handover)
@@ -127,15 +128,27 @@ class Core:
                 ssl_handshake_timeout=self.bounds.handshake_s,
             )
 
+    def turn_away(self, handover: Handover) -> None:
+        """Record a connection that is one too many, or that came when descriptors had run out."""
+        self._lost(handover, Reason.TOO_MANY_CONNECTIONS, "")
+
     def begin(self, inspection: Inspection) -> None:
         self._inspections.add(inspection)
+        self._by_source[inspection.source] += 1
         if self._is_held:
             inspection.client.hold(Hold.RECORDS)
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(SWEEP_S, self._sweep)
 
     def end(self, inspection: Inspection) -> None:
-        self._inspections.discard(inspection)
+        if inspection in self._inspections:
+            self._inspections.remove(inspection)
+            self._leave(inspection.source)
+
+    def _leave(self, source: str) -> None:
+        self._by_source[source] -= 1
+        if not self._by_source[source]:
+            del self._by_source[source]
 
     @property
     def is_idle(self) -> bool:
@@ -191,6 +204,10 @@ class Inspection:
         self._head_since: float | None = None
         self._is_half_closed = False
         self._is_broken = False
+
+    @property
+    def source(self) -> str:
+        return self._conversation.source[0]
 
     # --- what the sockets say ---
 

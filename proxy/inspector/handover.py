@@ -45,6 +45,7 @@ class Bounds:
     """What the inspector bears, each with the attack it answers."""
 
     connections: int = 4096  # descriptors: each takes two
+    per_source: int = 2048  # one workload must not shut out the others
     handshake_s: float = 10.0  # half a ClientHello
     head_s: float = 15.0  # slowloris: a request head dribbled byte by byte
     idle_s: float = 300.0  # nothing moves in either direction

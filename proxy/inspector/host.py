@@ -22,6 +22,7 @@ import orjson
 from addons.answers import answer
 from addons.judge import BAD_GATEWAY, Judgement
 from policies.model import Action, Attempt, Reason, Stage, Verdict
+from proxy import own_code
 from proxy.inspector.channel import Channel
 from proxy.inspector.handover import Configuration, Handover
 from proxy.record import Sink, record_of
@@ -111,10 +112,9 @@ class Inspector:
             self._pause()
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # -P: the directory we are started in is the workload's, no place to import from. No -O: it would save a tenth
-        # of a request, but where nobody has compiled for it the start takes twice as long. A group of its own: the
-        # terminal's interrupt is for the gate, which then lets go of the inspector.
-        command = [sys.executable, "-P", "-m", "proxy.inspector.main", str(theirs.fileno()), str(os.getpid())]
+        # No -O: it would save a tenth of a request, but where nobody has compiled for it the start takes twice as long.
+        # A group of its own: the terminal's interrupt is for the gate, which then lets go of the inspector.
+        command = own_code.command("proxy.inspector.main", str(theirs.fileno()), str(os.getpid()))
         try:
             self._process = subprocess.Popen(
                 command,

@@ -94,6 +94,8 @@ class _Inspector:
 
     def _receive(self, message: bytes, descriptor: int | None) -> None:
         if descriptor is None:
+            if self._core:
+                self._core.turn_away(Handover.from_bytes(message))
             return
         if self._core:
             task = asyncio.create_task(self._core.serve(socket.socket(fileno=descriptor), Handover.from_bytes(message)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +35,7 @@ from proxy.record import Record, Sink, hide_query_values, new_id, record_of
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
 
 MAX_URL = 8192  # characters of a URL in a record; a request head may have 64 KiB
+_RAW = re.compile(r"[^\x21-\x7e]")  # refused, and recorded: 0x9B begins an escape sequence on the reader's terminal
 
 _UNTRUSTED = "the client does not trust this gate's CA: give it the trust bundle, or start it with outgate run"
 
@@ -128,7 +130,8 @@ def _url(attempt: Attempt, *, log_query: bool) -> str | None:
         return None
     usual = 80 if attempt.plain else 443
     port = "" if attempt.port == usual else f":{attempt.port}"
-    url = f"{'http' if attempt.plain else 'https'}://{attempt.host}{port}{attempt.target[:MAX_URL]}"
+    target = _RAW.sub(lambda found: f"\\x{ord(found.group()):02x}", attempt.target[:MAX_URL])
+    url = f"{'http' if attempt.plain else 'https'}://{attempt.host}{port}{target}"
     return url if log_query else hide_query_values(url)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from proxy.sandbox import libc, mounts, namespaces, network, privileges, terminal
+from proxy.sandbox.kept import Kept
 from proxy.sandbox.masks import Masks
 
 NOT_STARTED = 125
@@ -57,6 +58,7 @@ class Order:
     command: tuple[str, ...]
     ports: network.Ports
     masks: Masks
+    kept: Kept
     directory: str
     terminals: tuple[int, ...]  # those of 0, 1, 2 that are the user's terminal
     open_files: tuple[int, int]  # the limit that the command gets back
@@ -99,7 +101,7 @@ def _first_process(control: socket.socket, order: Order, step: _Step) -> NoRetur
     step.name = "listeners"
     sockets = [*network.listeners(order.ports, families), network.packets()]
     step.name = "mounts"
-    has_own_proc = mounts.apply(order.masks)
+    has_own_proc = mounts.apply(order.masks, order.kept)
     step.name = "directory"
     os.chdir(order.directory)  # again by its path: the old one would still lead below a mask
     step.name = "terminal"

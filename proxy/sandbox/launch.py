@@ -11,7 +11,7 @@ import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-from proxy.sandbox import inside, libc, masks, network, seccomp, unavailable
+from proxy.sandbox import inside, kept, libc, masks, network, seccomp, unavailable
 from proxy.sandbox.inside import Hear, Say
 from proxy.sandbox.network import Ports
 from proxy.sandbox.running import Bound, Sandbox
@@ -28,12 +28,14 @@ def launch(
     ports: Ports,
     environment: Mapping[str, str],
     hide: Iterable[str] = (),
+    keep: Iterable[str] = (),
     directory: str | None = None,
 ) -> Sandbox:
     """Prepare `command` in a sandbox of its own; nothing of it runs before `Sandbox.release`.
 
     Call it before any thread or event loop exists: it forks. `environment` is the user's: the services that it names
-    are hidden (with `hide`, existing paths) and left out for the command. The command starts in `directory`.
+    are hidden (with `hide`, existing paths) and left out for the command. It cannot change what is in `keep`. It starts
+    in `directory`.
     Raises SandboxUnavailable, and then nothing was started.
     """
     if sys.platform != "linux":
@@ -44,6 +46,7 @@ def launch(
             command=tuple(command),
             ports=ports,
             masks=masks.find(environment, hide),
+            kept=kept.find(keep),
             directory=os.path.realpath(directory or os.getcwd()),
             terminals=tuple(fd for fd in range(3) if os.isatty(fd)),
             open_files=_admit_listeners(ports),

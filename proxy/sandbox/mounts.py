@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from proxy.sandbox import libc
+from proxy.sandbox.kept import Kept
 from proxy.sandbox.masks import Masks
 
 _RESOLV_CONF = "/etc/resolv.conf"
@@ -16,12 +17,16 @@ _SWITCHES = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-tri
 _LOCKED_FLAGS = libc.MS_NOSUID | libc.MS_NODEV | libc.MS_NOEXEC  # no remount may lose these; statvfs has the same bits
 
 
-def apply(masks: Masks) -> bool:
-    """Make the tree private and hide `masks` in it. Returns whether /proc shows this PID namespace alone.
+def apply(masks: Masks, kept: Kept) -> bool:
+    """Make the tree private, keep `kept` as it is, hide `masks`. Returns whether /proc shows this PID namespace alone.
 
     Raises OSError for a mask that cannot be applied, unless its path is gone by now.
     """
     libc.mount("none", "/", None, libc.MS_REC | libc.MS_PRIVATE)
+    for path in (*kept.pinned, *kept.read_only):  # a mount point can be neither renamed nor removed
+        libc.mount(path, path, None, libc.MS_BIND | libc.MS_REC)
+    for path in kept.read_only:
+        _make_read_only(path)
     resolv_conf = os.path.realpath(_RESOLV_CONF)
     text = _resolv_conf_text()
     for path in masks.directories:

@@ -58,6 +58,28 @@ def test_an_allowed_request_is_forwarded() -> None:
     assert (judgement.verdict.action, judgement.is_forward, judgement.status) == (Action.ALLOW, True, None)
 
 
+def test_overrides_that_are_allowed_themselves_are_forwarded() -> None:
+    """Long queries are sent as POST with an override; what counts is that either reading is admitted."""
+    judgement = ask("POST", more=[(b"X-HTTP-Method-Override", b"GET"), (b"X-Original-URL", b"/search/a")])
+    assert (judgement.is_forward, judgement.attempt.method, judgement.attempt.target) == (True, "POST", "/search")
+
+
+def test_audit_lets_an_override_pass_and_says_so() -> None:
+    policy = build(
+        {name: replace(one, mode=Mode.AUDIT) for name, one in POLICY.workloads.items()}, POLICY.guard, POLICY.tests
+    )
+    fields = [HOST, (b"X-HTTP-Method", b"DELETE"), (b"X-Original-URL", b"/search/a")]
+    judgement = judge(policy).request(conversation(), "POST", "/search", "HTTP/1.1", fields)
+    assert (judgement.is_forward, judgement.attempt.target) == (True, "/search")
+    assert judgement.verdict.would_be
+    assert judgement.verdict.would_be.reason is Reason.NO_ALLOW_ENTRY
+
+
+def test_a_denied_override_is_told_as_what_it_says() -> None:
+    attempt = ask("POST", more=[(b"X-HTTP-Method-Override", b"DELETE")]).attempt
+    assert (attempt.method, attempt.target) == ("DELETE", "/search")
+
+
 def test_the_attempt_says_what_was_asked() -> None:
     attempt = ask("POST", "/search?q=a", to=conversation(port=8443)).attempt
     assert (attempt.method, attempt.target, attempt.host, attempt.port) == (
@@ -128,6 +150,17 @@ DENIED = [
     ("absolute-form-without-the-usual-port", ask("GET", "https://api.example.com/search", to=conversation(port=8443)),
      Reason.MALFORMED_REQUEST, 400),
     ("absolute-form-judged-by-path", ask("GET", "https://api.example.com/forecasts"), Reason.NO_ALLOW_ENTRY, 403),
+    ("method-override", ask("POST", more=[(b"X-HTTP-Method-Override", b"DELETE")]), Reason.NO_ALLOW_ENTRY, 403),
+    ("method-override-in-lower-case", ask("POST", more=[(b"x-http-method", b"delete")]), Reason.NO_ALLOW_ENTRY, 403),
+    ("method-override-as-cgi-reads-it", ask("POST", more=[(b"X_Method-Override", b"PUT")]), Reason.NO_ALLOW_ENTRY, 403),
+    ("method-override-that-is-none", ask("POST", more=[(b"X-Method-Override", b"")]), Reason.MALFORMED_REQUEST, 400),
+    ("two-method-overrides", ask("POST", more=[(b"X-HTTP-Method", b"GET"), (b"X-Method-Override", b"HEAD")]),
+     Reason.MALFORMED_REQUEST, 400),
+    ("path-override", ask(more=[(b"X-Original-URL", b"/search/secret")]), Reason.DENY_RULE, 403),
+    ("path-override-not-allowed", ask(more=[(b"X-Rewrite-URL", b"/forecasts?a")]), Reason.NO_ALLOW_ENTRY, 403),
+    ("path-override-elsewhere", ask(more=[(b"X-Original-URL", b"https://x.test/")]), Reason.MALFORMED_PATH, 400),
+    ("both-overrides", ask("GET", "/search", more=[(b"X-HTTP-Method", b"POST"), (b"X-Original-URL", b"/chat")]),
+     Reason.NO_ALLOW_ENTRY, 403),
     ("slash-without-literal", ask("GET", "/search/a%2Fb"), Reason.MALFORMED_PATH, 400),
 ]  # fmt: skip
 

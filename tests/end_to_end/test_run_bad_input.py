@@ -19,7 +19,7 @@ from tests.end_to_end.clients import CURL
 from tests.end_to_end.origin import blob
 from tests.end_to_end.world import OUTGATE, Command, Ended, Ran, World
 from tests.proxy.hellos import hello
-from tests.sandbox_user import why_no_sandbox
+from tests.sandbox_user import UNTIL_SIGNALLED, why_no_sandbox
 
 POLICY = """\
 version: 1
@@ -86,6 +86,14 @@ def test_the_gate_says_in_a_line_why_it_does_not_start(tmp_path: Path, case: str
     assert not (tmp_path / "ran").exists()
 
 
+def test_the_only_workload_of_a_policy_is_meant_whoever_it_matches(tmp_path: Path) -> None:
+    pods = POLICY.replace("    rules:", "    match: {kubernetes: {namespace: app}}\n    rules:")
+    (tmp_path / "policy.yaml").write_text(pods)
+    done = outgate("run", "-p", "policy.yaml", "--proxy-env", "--", "true", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_key_that_others_may_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text(POLICY)
     assert outgate("pki", "init", "--pki", "pki", cwd=tmp_path).returncode == 0
@@ -144,7 +152,7 @@ def test_standard_streams_are_the_commands_byte_for_byte(tmp_path: Path) -> None
 @pytest.mark.usefixtures("sandbox")
 def test_a_signal_to_outgate_reaches_the_command(tmp_path: Path) -> None:
     (tmp_path / "policy.yaml").write_text(POLICY)
-    script = "trap 'echo caught; exit 7' TERM; echo ready; while :; do sleep 0.05; done"
+    script = f"trap 'echo caught; exit 7' TERM; echo ready; {UNTIL_SIGNALLED}"
     with subprocess.Popen(
         [str(OUTGATE), "run", "-p", "policy.yaml", "--", "sh", "-c", script],
         cwd=tmp_path,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.end_to_end.world import OUTGATE
 from tests.proxy.test_sandbox_terminal import Desk
-from tests.sandbox_user import why_no_sandbox
+from tests.sandbox_user import UNTIL_SIGNALLED, why_no_sandbox
 
 pytestmark = pytest.mark.kernel
 
@@ -49,7 +49,7 @@ def test_the_command_has_a_terminal_of_the_users_size_and_reads_the_keyboard(des
 
 
 def test_the_interrupt_key_is_the_commands(desk: Desk, tmp_path: Path) -> None:
-    started = desk.start(*run(tmp_path, "trap 'echo caught; exit 9' INT; echo ready; while :; do sleep 0.05; done"))
+    started = desk.start(*run(tmp_path, f"trap 'echo caught; exit 9' INT; echo ready; {UNTIL_SIGNALLED}"))
     desk.wait_for("ready")
     desk.type("\x03")
 

@@ -6,6 +6,7 @@ import asyncio
 import struct
 from collections.abc import Iterable
 from ipaddress import ip_address
+from typing import cast
 
 import pytest
 
@@ -256,7 +257,9 @@ def test_a_public_name_never_has_an_inside_address(
             assert (answer.rcode, answer.addresses) == (0, addresses(*kept))
             record = g.only_record()
             assert (record["verdict"], record["reason"]) == (("deny", reason) if reason else ("allow", "rule"))
-            assert record["dns.answers.refused"] == [text for text in given if text not in kept]
+            # as values: Python before 3.13 writes a mapped address in hex
+            refused = [ip_address(text) for text in cast(list[str], record["dns.answers.refused"])]
+            assert refused == [ip_address(text) for text in given if text not in kept]
             for text in set(given) - set(kept):
                 assert g.lookups.names_of("app", ip_address(text)) == ()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -113,6 +114,26 @@ def test_other_name_is_refused_in_words_and_nobody_is_dialled(target: str, reaso
             writer.close()
 
     asyncio.run(tunnel())
+
+
+def test_running_out_of_descriptors_is_not_the_end() -> None:
+    async def starve() -> None:
+        async with world() as here:
+            loop = asyncio.get_running_loop()
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            with socket.socket() as client:
+                client.setblocking(False)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (client.fileno() + 1, hard))  # nothing below it is free
+                try:
+                    await loop.sock_connect(client, ("127.0.0.1", here.port))
+                    await asyncio.sleep(0.2)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                await loop.sock_sendall(client, b"CONNECT evil.example:443 HTTP/1.1\r\n\r\n")
+                async with asyncio.timeout(10):
+                    assert (await loop.sock_recv(client, 100)).startswith(b"HTTP/1.1 403 ")
+
+    asyncio.run(starve())
 
 
 def test_authority_must_be_the_sni_even_where_both_are_allowed() -> None:

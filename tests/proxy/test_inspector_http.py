@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import ssl
 import threading
@@ -18,6 +19,7 @@ from addons.upstream import Resolution
 from pki.authority import create_authority
 from policies.hostnames import Hostname
 from proxy.inspector import Bounds
+from tests.proxy.gates import eventually
 from tests.proxy.inspecting import HAS_CURL, HOST, NOTHING, WAIT_S, Reply, Rig, get, read_reply, response
 
 needs_curl = pytest.mark.skipif(not HAS_CURL, reason="curl is not installed")
@@ -544,6 +546,34 @@ def test_more_connections_than_the_bound_are_refused_and_recorded(tmp_path: Path
         assert read_reply(first)[0].status == 200
 
 
+def test_one_source_cannot_take_every_place(tmp_path: Path) -> None:
+    with Rig(tmp_path, bounds=Bounds(connections=10, per_source=1)) as rig, rig.connect() as first:
+        with pytest.raises(OSError, match=r".*"):
+            rig.connect()
+        assert reasons(rig) == ["too_many_connections"]
+        first.close()
+        eventually(lambda: not rig.core._by_source, "its place to be free")
+        assert rig.send(get()).status == 200
+
+
+def test_an_inspector_without_descriptors_refuses_and_goes_on(tmp_path: Path) -> None:
+    """The kernel drops the socket that comes with a message then; that must not end every other connection."""
+    with Rig(tmp_path, in_process=True) as rig, rig.connect() as first:
+        first.sendall(get())
+        assert read_reply(first)[0].status == 200
+        pid = rig.inspector.pid
+        assert pid
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (4, limits[1]))
+        with pytest.raises(OSError, match=r".*"):
+            rig.connect()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        assert reasons(rig, 2) == ["rule", "too_many_connections"]
+        first.sendall(get())
+        assert read_reply(first)[0].status == 200
+        assert rig.inspector.pid == pid
+
+
 def test_a_name_that_no_leaf_can_be_made_for_fails_closed(tmp_path: Path) -> None:
     long_ago = datetime.now(UTC) - timedelta(days=900)
     with Rig(tmp_path, authority=create_authority(long_ago)) as rig:
@@ -600,14 +630,13 @@ def test_the_record_of_a_request(tmp_path: Path) -> None:
             == 200
         )
         (record,) = rig.wait_for_records(1)
-        port = rig.origin.port
+        origin_port = rig.origin.port
     assert {
         name: record[name] for name in sorted(record) if name not in ("time", "id", "duration_ms", "source.port")
     } == {
         "bytes.received": 5,
         "bytes.sent": 3,
-        "destination.address": "127.0.0.1",
-        "destination.port": port,
+        "destination.port": 443,
         "http.request.method": "PUT",
         "http.response.status_code": 200,
         "reason": "rule",
@@ -615,12 +644,23 @@ def test_the_record_of_a_request(tmp_path: Path) -> None:
         "server.name": HOST,
         "source.address": "127.0.0.1",
         "stage": "http",
+        "upstream.address": "127.0.0.1",
+        "upstream.port": origin_port,
         "url.full": record["url.full"],
         "verdict": "allow",
         "workload": "app",
     }
     assert str(record["url.full"]).startswith(f"https://{HOST}/search?key=~")
     assert "s3cret" not in str(record)
+
+
+def test_raw_bytes_of_a_target_draw_on_nobodys_terminal(tmp_path: Path) -> None:
+    """U+009B begins an escape sequence as ESC [ does; the record is shown by `cat`, by a terminal log, by `run`."""
+    with Rig(tmp_path) as rig, rig.connect() as sock:
+        sock.sendall(f"GET /\x9b2J\xe9 HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode("latin-1"))
+        assert read_reply(sock)[0].status == 400
+        (record,) = rig.wait_for_records(1)
+    assert record["url.full"] == f"https://{HOST}/\\x9b2J\\xe9"
 
 
 def test_the_id_in_the_answer_is_the_one_in_the_record(tmp_path: Path) -> None:

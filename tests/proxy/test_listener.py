@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import trustme
 
-from policies.model import Attempt, Reason, Stage
+from policies.model import Attempt, Reason
 from proxy.limits import Limits
 from proxy.original_dst import redirected_dst
 from proxy.wire.client_hello import Alert, render_alert
@@ -179,15 +179,39 @@ def test_silent_client_on_a_port_of_either_kind_is_opaque_after_a_while() -> Non
             assert it.record()["stage"] == "tls"
 
 
-def test_late_speaker_on_a_port_of_either_kind_is_judged_once() -> None:
-    """Silence decided; the hello that comes while the upstream is looked up is only carried."""
+@pytest.mark.parametrize(
+    ("says", "stage", "reason"),
+    [(hello("b.example"), "tls", "deny_rule"), (hello(NAME), "tls", "rule"), (b"select 1", "tcp", "rule")],
+    ids=["denied hello", "allowed hello", "opaque bytes"],
+)
+def test_a_late_speaker_is_judged_by_what_it_says(says: bytes, stage: str, reason: str) -> None:
+    """A client that waits out the silence and then shows a name must not get past the rules about that name."""
+    pol = rules("- host: a.example\n- {host: b.example, deny: all}\n- tcp: db.example:443")
+    with origin() as upstream:
+        names = {"db.example": at(upstream.address), NAME: at(upstream.address)}
+        with gate(pol, names, told=["db.example"], limits=Limits(silence_s=0.1)) as it, it.connect() as client:
+            eventually(lambda: upstream.heard, "the upstream to be dialled")
+            client.sendall(says)
+            if reason == "rule":
+                assert read_exactly(client, len(says)) == says
+            else:
+                assert read_all(client) == render_alert(Alert.ACCESS_DENIED)
+            client.close()
+            record = it.record()
+            assert (record["stage"], record["reason"]) == (stage, reason)
+            assert bytes(upstream.heard[0]) == b""
+
+
+def test_silence_on_both_sides_ends_at_the_idle_deadline() -> None:
     pol = rules("- host: a.example\n- tcp: db.example:443")
-    with gate(pol, told=["db.example"], limits=Limits(silence_s=0.1)) as it, it.connect() as client:
-        it.names.is_cached, it.names.is_silent = False, True
-        eventually(lambda: it.judged)
-        client.sendall(hello())
-        time.sleep(0.2)
-        assert [attempt.stage for attempt in it.judged] == [Stage.TCP]
+    limits = Limits(silence_s=0.1, idle_s=0.3)
+    with (
+        origin() as upstream,
+        gate(pol, {"db.example": at(upstream.address)}, told=["db.example"], limits=limits) as it,
+    ):
+        with it.connect() as client, pytest.raises(ConnectionResetError):
+            read_all(client)
+        assert it.record()["reason"] == "hello_timeout"
 
 
 # --- denied ---

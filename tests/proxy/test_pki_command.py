@@ -66,9 +66,7 @@ def test_an_existing_authority_stays_and_the_answer_is_no(tmp_path: Path) -> Non
     before = load(tmp_path).issuing.certificate
     result = invoke("init", "--pki", str(tmp_path))
     assert result.exit_code == 1
-    assert result.stderr == (
-        f"outgate pki init: {tmp_path} holds an authority already; use it, or name another directory\n"
-    )
+    assert result.stderr == (f"outgate: {tmp_path} holds an authority already; use it, or name another directory\n")
     assert load(tmp_path).issuing.certificate == before
 
 

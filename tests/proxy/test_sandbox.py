@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.sandbox_user import ORDINARY_UID, as_user, why_no_sandbox
+from tests.sandbox_user import ORDINARY_UID, UNTIL_SIGNALLED, as_user, why_no_sandbox
 
 HERE = Path(__file__).resolve().parent
 DRIVER = HERE / "sandbox_driver.py"
@@ -330,7 +330,7 @@ def test_a_daemon_left_behind_ends_with_the_command(who: Who) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1])
 def test_signals_reach_the_commands_process_group(who: Who, number: signal.Signals) -> None:
-    script = f"trap 'echo caught; exit 9' {number.name[3:]}; echo ready; while :; do sleep 0.05; done"
+    script = f"trap 'echo caught; exit 9' {number.name[3:]}; echo ready; {UNTIL_SIGNALLED}"
     with subprocess.Popen(
         who.driver("--", "sh", "-c", script), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
     ) as gate:

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.sandbox_user import as_user, why_no_sandbox
+from tests.sandbox_user import UNTIL_SIGNALLED, as_user, why_no_sandbox
 
 DRIVER = Path(__file__).resolve().parent / "sandbox_driver.py"
 TIMEOUT_S = 30.0
-LOOP = "while :; do sleep 0.05; done"
 
 pytestmark = pytest.mark.kernel
 
@@ -141,7 +140,7 @@ def test_interactive_python_answers(desk: Desk, line: Sequence[str]) -> None:
 
 
 def test_the_size_is_the_users_and_follows_it(desk: Desk, line: Sequence[str]) -> None:
-    process = desk.start(*line, "sh", "-c", f"trap 'stty size; exit' WINCH; stty size; {LOOP}")
+    process = desk.start(*line, "sh", "-c", f"trap 'stty size; exit 0' WINCH; stty size; {UNTIL_SIGNALLED}")
     desk.wait_for("33 101\r\n")
     desk.resize(40, 132)
     desk.wait_for("40 132\r\n")
@@ -149,7 +148,7 @@ def test_the_size_is_the_users_and_follows_it(desk: Desk, line: Sequence[str]) -
 
 
 def test_interrupt_reaches_the_command_alone(desk: Desk, line: Sequence[str]) -> None:
-    process = desk.start(*line, "sh", "-c", f"trap 'echo interrupted; exit 5' INT; echo ready; {LOOP}")
+    process = desk.start(*line, "sh", "-c", f"trap 'echo interrupted; exit 5' INT; echo ready; {UNTIL_SIGNALLED}")
     desk.wait_for("ready")
     desk.type("\x03")
     desk.wait_for("interrupted")

@@ -119,6 +119,22 @@ def test_bytes_pass_both_ways_and_are_counted(loop: Loop) -> None:
         assert (it.relay.sent, it.relay.received) == (10, 7)
 
 
+@pytest.mark.parametrize("who", ["client", "upstream"])
+def test_an_urgent_byte_is_left_out_and_holds_up_nothing(loop: Loop, who: str) -> None:
+    """splice(2) stops in front of it while epoll goes on reporting it: one byte kept the whole gate busy for ever."""
+    with flow(loop) as it:
+        one, other = (it.client, it.upstream) if who == "client" else (it.upstream, it.client)
+        one.sendall(b"before")
+        one.send(b"!", socket.MSG_OOB)
+        one.sendall(b"after")
+        assert read_exactly(other, 11) == b"beforeafter"
+        one.send(b"!", socket.MSG_OOB)
+        one.close()
+        assert read_all(other) == b""
+        other.close()
+        assert it.end() is End.CLOSED
+
+
 @pytest.mark.parametrize("first_to_end", ["client", "upstream"])
 def test_half_close_passes_and_the_other_half_goes_on(loop: Loop, first_to_end: str) -> None:
     with flow(loop) as it:
