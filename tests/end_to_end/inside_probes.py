@@ -27,14 +27,19 @@ type Result = dict[str, Any]
 
 def tcp(probe: Probe) -> Result:
     """Connect, say `say`, read to the end."""
-    with _connect(probe) as sock:
+    port = next(SOURCE_PORTS)
+    try:
+        sock = _connect(probe, port)
+    except ConnectionResetError as error:  # accepted, and reset before connect(2) came back
+        return {"port": port, "error": type(error).__name__}
+    with sock:
         return _converse(sock, probe)
 
 
 def tls(probe: Probe) -> Result:
     """The same after a verified handshake for `sni`."""
     context = ssl.create_default_context()
-    with _connect(probe) as sock, context.wrap_socket(sock, server_hostname=probe["sni"]) as wrapped:
+    with _connect(probe, next(SOURCE_PORTS)) as sock, context.wrap_socket(sock, server_hostname=probe["sni"]) as wrapped:
         return _converse(wrapped, probe)
 
 
@@ -55,11 +60,9 @@ def raw(probe: Probe) -> Result:
     return {"reply": "sent"}
 
 
-def _connect(probe: Probe) -> socket.socket:
+def _connect(probe: Probe, port: int) -> socket.socket:
     """From a port of its own, by which its record is found."""
-    return socket.create_connection(
-        (probe["address"], probe["port"]), PATIENCE_S, source_address=("", next(SOURCE_PORTS))
-    )
+    return socket.create_connection((probe["address"], probe["port"]), PATIENCE_S, source_address=("", port))
 
 
 def _converse(sock: socket.socket, probe: Probe) -> Result:
