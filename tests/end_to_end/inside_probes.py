@@ -39,7 +39,10 @@ def tcp(probe: Probe) -> Result:
 def tls(probe: Probe) -> Result:
     """The same after a verified handshake for `sni`."""
     context = ssl.create_default_context()
-    with _connect(probe, next(SOURCE_PORTS)) as sock, context.wrap_socket(sock, server_hostname=probe["sni"]) as wrapped:
+    with (
+        _connect(probe, next(SOURCE_PORTS)) as sock,
+        context.wrap_socket(sock, server_hostname=probe["sni"]) as wrapped,
+    ):
         return _converse(wrapped, probe)
 
 
