@@ -29,6 +29,7 @@ from policies.model import (
     Verdict,
 )
 from policies.paths import MalformedPath, parse_path
+from policies.render import bracketed
 from policies.words import Step, enforced, ladder
 
 MAX_NEAREST = 2
@@ -168,7 +169,9 @@ def _advice(verdict: Verdict, attempt: Attempt) -> str:
     if verdict.reason is Reason.WRONG_PROTOCOL:
         return "use http:// on a plain port and https:// on every other; plain: in the rule names further plain ports"
     if verdict.reason is Reason.MALFORMED_NAME and attempt.address is not None:
-        return f"name the host; or, for bytes to the address itself, try tcp://{_bracketed(attempt.address)}:{attempt.port}"
+        return (
+            f"name the host; or, for bytes to the address itself, try tcp://{bracketed(attempt.address)}:{attempt.port}"
+        )
     return ADVICE.get(verdict.reason, "see the decision record of the attempt")
 
 
@@ -187,10 +190,6 @@ ADVICE = {
     Reason.MALFORMED_QUERY: "find out what the client sends; a resolver library in order does not send this",
     Reason.NEVER_REACHED: "use the service's public name, or give the workload its credentials another way",
 }
-
-
-def _bracketed(address: Address) -> str:
-    return f"[{address}]" if address.version == 6 else str(address)
 
 
 # --- the nearest rules ---------------------------------------------------------------------------------------------

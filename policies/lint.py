@@ -17,6 +17,7 @@ from policies.errors import Problem
 from policies.hostnames import Hostname, Pattern, parents
 from policies.index import HostGroup, HostTable, Policy, WorkloadIndex
 from policies.model import AnyRule, HostRule, NameRule, Network, Place, Stage, Tls, TransportRule
+from policies.render import bracketed
 
 ENDS_SOON = timedelta(days=14)
 NARROW_V4, NARROW_V6 = 24, 64  # a wider prefix on a web port holds other people's servers
@@ -281,8 +282,7 @@ def _named(rule: AnyRule) -> str:
 
 
 def _first_address(network: Network) -> str:
-    first = network[1] if network.num_addresses > 2 else network[0]
-    return f"[{first}]" if network.version == 6 else str(first)
+    return bracketed(network[1] if network.num_addresses > 2 else network[0])
 
 
 def _finding(level: Level, code: Code, place: Place, message: str, repair: str) -> Finding:

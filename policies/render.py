@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from policies.model import HTTPS_PORT, AnyRule, HostRule, NameRule, Network, Tls, TransportRule
+from policies.model import HTTPS_PORT, Address, AnyRule, HostRule, NameRule, Network, Tls, TransportRule
 
 _PLAIN_SCALAR = re.compile(r"[a-z][a-z0-9_-]*(?:\.[a-z0-9_-]+)+(?::[0-9]+)?")  # a name with a dot is no YAML keyword
 
@@ -52,5 +52,9 @@ def _host_lines(rule: HostRule) -> Iterator[str]:
 
 
 def _network_text(network: Network) -> str:
-    text = str(network.network_address if network.num_addresses == 1 else network)
-    return f"[{text}]" if network.version == 6 else text
+    return bracketed(network.network_address if network.num_addresses == 1 else network)
+
+
+def bracketed(address: Address | Network) -> str:
+    """As it stands before a port: IPv6 in brackets (RFC 3986 3.2.2)."""
+    return f"[{address}]" if address.version == 6 else str(address)

@@ -89,6 +89,12 @@ def record_of(
     return record
 
 
+def show_peer(peer: Peer) -> str:
+    """`203.0.113.7:443`, or `[2001:db8::1]:443`."""
+    host, port = peer
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def describe(record: Mapping[str, Any]) -> str:  # Any: fields of several types, written as text
     """What was attempted, in the words that `outgate why` reads: `GET https://h/p`, `tls://h`, `tcp://10.0.0.1:22`."""
     if "url.full" in record:

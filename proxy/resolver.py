@@ -18,6 +18,7 @@ from math import inf
 from policies.addresses import Address
 from policies.hostnames import Hostname
 from proxy.hosts import HostsEntry, Nameserver
+from proxy.record import show_peer
 from proxy.wire.dns import (
     AAAA,
     MAX_MESSAGE,
@@ -200,15 +201,15 @@ class Resolver:
             try:
                 answer = await self._ask(nameserver, name, qtype)
             except TimeoutError:
-                faults.append(f"{_shown(nameserver)} did not answer within {self._timeout_s:g} s")
+                faults.append(f"{show_peer(nameserver)} did not answer within {self._timeout_s:g} s")
             except OSError as error:
-                faults.append(f"{_shown(nameserver)}: {(error.strerror or str(error)).lower()}")
+                faults.append(f"{show_peer(nameserver)}: {(error.strerror or str(error)).lower()}")
             except MalformedResponse as error:
-                faults.append(f"{_shown(nameserver)} sent no valid answer ({error})")
+                faults.append(f"{show_peer(nameserver)} sent no valid answer ({error})")
             else:
                 if answer.rcode in (Rcode.NOERROR, Rcode.NXDOMAIN):
                     return answer
-                faults.append(f"{_shown(nameserver)} answered {_rcode_text(answer.rcode)}")
+                faults.append(f"{show_peer(nameserver)} answered {_rcode_text(answer.rcode)}")
         return faults
 
     async def _ask(self, nameserver: Nameserver, name: Hostname, qtype: int) -> Answer:
@@ -228,11 +229,6 @@ def _is_conclusive(outcome: Answer | list[str]) -> bool:
 
 def _rcode_text(rcode: int) -> str:
     return Rcode(rcode).name if rcode in Rcode else f"rcode {rcode}"
-
-
-def _shown(nameserver: Nameserver) -> str:
-    host, port = nameserver
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 # --- One question to one server

@@ -28,6 +28,7 @@ from proxy.options import (
     settings_of,
 )
 from proxy.original_dst import redirected_dst
+from proxy.record import show_peer
 from proxy.runtime import Gate, Settings
 
 USAGE, NOT_STARTED = 2, 3
@@ -66,7 +67,7 @@ async def _serve(
         gate.listen(door)
         if starts_inspector:
             gate.start_inspector()
-        say(f"serving redirected connections on {_shown(door)}")
+        say(f"serving redirected connections on {show_peer(door.getsockname()[:2])}")
         await stop.wait()
     finally:
         await gate.close()
@@ -94,8 +95,3 @@ def _open_door(listen: str) -> socket.socket:
         raise Misused(f'--listen "{listen}": write ADDR:PORT, for example 0.0.0.0:15001 or [::]:15001') from error
     except OSError as error:
         raise Unready(f"--listen {listen}: {error.strerror or error}") from error
-
-
-def _shown(door: socket.socket) -> str:
-    host, port = door.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -49,7 +49,7 @@ class Summary:
             self.allowed += record["stage"] != "dns"  # a lookup that is let through is no use of anything yet
             return
         key = (describe(record), str(record["reason"]))
-        if self._is_other_family(key, record.get("dns.question.type")):
+        if (query_type := record.get("dns.question.type")) and self._is_other_family(key, query_type):
             return
         is_failure = record["reason"] in FAILURES
         self.failed += is_failure
@@ -61,7 +61,7 @@ class Summary:
     def _is_other_family(self, key: tuple[str, str], query_type: object) -> bool:
         """A and AAAA are one lookup to the program; they come together, in any order."""
         seen = self._query_types.get(key, set())
-        if query_type is None or not seen or query_type in seen:
+        if not seen or query_type in seen:
             if len(self._query_types) < MAX_REMEMBERED or key in self._query_types:
                 self._query_types[key] = {query_type}
             return False
