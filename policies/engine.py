@@ -98,8 +98,10 @@ def admit(verdict: Verdict, address: Address, *, from_hosts: bool = False) -> Ve
     return Verdict(Action.DENY, reason, verdict.stage, verdict.rule, host=verdict.host)
 
 
-def identify(policy: Policy, address: Address) -> str:
-    """The workload of a source address: the longest prefix that holds it, else `unknown`."""
+def identify(policy: Policy, address: Address, user: str | None = None) -> str:
+    """The workload of a source: of its verified credential, else of the longest prefix that holds it, else `unknown`."""
+    if user is not None and (named := policy.users.get(user)):
+        return named
     found = policy.sources.covering(address)
     return found[0] if found else UNKNOWN
 

@@ -130,6 +130,7 @@ class Policy:
     index: Mapping[str, WorkloadIndex] = field(repr=False, compare=False)
     guard_table: HostTable = field(repr=False, compare=False)
     sources: PrefixMap[str] = field(repr=False, compare=False)
+    users: Mapping[str, str] = field(repr=False, compare=False)  # name of a verified credential to workload
 
 
 def build(workloads: Mapping[str, Workload], guard: Sequence[HostRule] = (), tests: Sequence[Test] = ()) -> Policy:
@@ -146,7 +147,8 @@ def build(workloads: Mapping[str, Workload], guard: Sequence[HostRule] = (), tes
         if workload.match
         for network in workload.match.address
     )
-    return Policy(dict(workloads), tuple(guard), tuple(tests), index, guard_table, sources)
+    users = {one.match.user: one.name for one in workloads.values() if one.match and one.match.user}
+    return Policy(dict(workloads), tuple(guard), tuple(tests), index, guard_table, sources, users)
 
 
 def live(rules: PortRules, day: float) -> PortRules | None:

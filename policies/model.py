@@ -70,6 +70,7 @@ class Reason(StrEnum):
     UPGRADE = "upgrade"  # an Upgrade the rule does not admit
     UNKNOWN_WORKLOAD = "unknown_workload"
     AMBIGUOUS_WORKLOAD = "ambiguous_workload"
+    CREDENTIALS = "credentials"  # explicit proxy: none given and no rule for the address, or wrong ones (407)
     # the attempt is not what it says
     WRONG_PROTOCOL = "wrong_protocol"  # TLS on a plain port, plain bytes on a TLS port
     NO_SNI = "no_sni"
@@ -94,8 +95,10 @@ class Reason(StrEnum):
     HELLO_TIMEOUT = "hello_timeout"
     HELLO_TOO_LARGE = "hello_too_large"
     TOO_MANY_CONNECTIONS = "too_many_connections"
+    HTTP2_FLOOD = "http2_flood"  # more resets, settings or pings than any client needs
     CLIENT_GONE = "client_gone"
     NOT_SERVED = "not_served"  # a rule admits it and this gate does not carry its kind yet
+    LOG_FAILED = "log_failed"  # decision records cannot be written, and the operator said deny
     GATE_FAILED = "gate_failed"  # a part of the gate failed; closed, recorded, never let through
 
 

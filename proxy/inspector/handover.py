@@ -18,6 +18,9 @@ class Handover:
     port         the original destination's
     destination  the original destination, where the listener knows it
     opened       POSIX seconds
+    user         the name of the proxy credential that was verified, if one was
+    proxied      plain requests in absolute form, as to an explicit proxy: each names its own host and port
+    credential   digest of the `Proxy-Authorization` that was verified: later requests must carry the same
     """
 
     id: str
@@ -28,6 +31,9 @@ class Handover:
     source: Peer
     destination: Peer | None
     opened: float
+    user: str | None = None
+    proxied: bool = False
+    credential: str | None = None
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
