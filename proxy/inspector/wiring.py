@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,20 +23,15 @@ from pki.authority import Issuing
 from pki.leaves import tls_leaves
 from policies.engine import decide
 from policies.hostnames import Hostname
-from policies.index import Policy
-from policies.model import Action, Attempt, Reason, Stage, Verdict
+from policies.model import Reason
 from proxy.dialer import interleave
 from proxy.hosts import HostsEntry
 from proxy.inspector.core import Core
 from proxy.inspector.handover import Configuration, Handover
+from proxy.inspector.outcome import record_of_lost, record_of_outcome
 from proxy.policy_files import load_sources
-from proxy.record import Record, Sink, hide_query_values, new_id, record_of
+from proxy.record import Sink, new_id
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
-
-MAX_URL = 8192  # characters of a URL in a record; a request head may have 64 KiB
-_RAW = re.compile(r"[^\x21-\x7e]")  # refused, and recorded: 0x9B begins an escape sequence on the reader's terminal
-
-_UNTRUSTED = "the client does not trust this gate's CA: give it the trust bundle, or start it with outgate run"
 
 
 def wire(configuration: Configuration, record: Sink, failed: Callable[[Exception], None]) -> Core:
@@ -50,7 +44,7 @@ def wire(configuration: Configuration, record: Sink, failed: Callable[[Exception
         return conversations[client.id]
 
     def report(outcome: Outcome) -> None:
-        record(_record_of(policy, outcome))
+        record(record_of_outcome(policy, outcome))
 
     def refuse(conversation: Conversation, note: str, status: int, fault: Reason) -> bytes:
         judgement = judge.unreadable(conversation, note, status=status, fault=fault)
@@ -58,10 +52,10 @@ def wire(configuration: Configuration, record: Sink, failed: Callable[[Exception
         return answer(judgement, closes=True).to_bytes()
 
     def lost(handover: Handover, reason: Reason, what: str) -> None:
-        record(_record_of_lost(handover, reason, what))
+        record(record_of_lost(handover, reason, what))
 
     upstream = Upstream(
-        partial(_resolve, _resolver(configuration)),
+        partial(resolve_for_dial, _resolver(configuration)),
         trust_origins(configuration.upstream_ca),
         conversation_of,
         dial_s=configuration.bounds.dial_s,
@@ -93,7 +87,8 @@ def _resolver(configuration: Configuration) -> Resolver:
     return Resolver(hosts, configuration.nameservers, system_hosts=system)
 
 
-async def _resolve(resolver: Resolver, name: Hostname) -> Resolution:
+async def resolve_for_dial(resolver: Resolver, name: Hostname) -> Resolution:
+    """The addresses of `name` in the order to dial them. Raises Unreachable."""
     try:
         found = await resolver.resolve(name)
     except NameNotFound as error:
@@ -101,53 +96,3 @@ async def _resolve(resolver: Resolver, name: Hostname) -> Resolution:
     except ResolverFailed as error:
         raise Unreachable(Reason.RESOLVER_FAILED, str(error)) from error
     return replace(found, addresses=tuple(interleave(found.addresses)))
-
-
-def _record_of(policy: Policy, outcome: Outcome) -> Record:
-    attempt = outcome.judgement.attempt
-    workload = policy.workloads.get(attempt.workload)
-    extra: Record = {}
-    if outcome.upstream:
-        extra["upstream.address"], extra["upstream.port"] = outcome.upstream
-    return record_of(
-        attempt,
-        outcome.judgement.verdict,
-        id=outcome.judgement.id,
-        source=outcome.conversation.source,
-        destination=outcome.conversation.destination,
-        started=outcome.started,
-        bytes_sent=outcome.bytes_sent,
-        bytes_received=outcome.bytes_received,
-        status=outcome.status,
-        url=_url(attempt, log_query=workload is not None and workload.log_query),
-        extra=extra,
-    )
-
-
-def _url(attempt: Attempt, *, log_query: bool) -> str | None:
-    """None for a request that names no host, or a target that is no path."""
-    if attempt.host is None or not attempt.target.startswith("/"):
-        return None
-    usual = 80 if attempt.plain else 443
-    port = "" if attempt.port == usual else f":{attempt.port}"
-    target = _RAW.sub(lambda found: f"\\x{ord(found.group()):02x}", attempt.target[:MAX_URL])
-    url = f"{'http' if attempt.plain else 'https'}://{attempt.host}{port}{target}"
-    return url if log_query else hide_query_values(url)
-
-
-def _record_of_lost(handover: Handover, reason: Reason, what: str) -> Record:
-    """The record of a connection that ended before its first request."""
-    stage = Stage.HTTP if handover.plain else Stage.TLS
-    attempt = Attempt(stage, handover.workload, handover.host, handover.port, plain=handover.plain, fault=reason)
-    extra: Record = {"error.message": what} if what else {}
-    if reason is Reason.CLIENT_CERTIFICATE_REFUSED:
-        extra["hint"] = _UNTRUSTED
-    return record_of(
-        attempt,
-        Verdict(Action.DENY, reason, stage),
-        id=handover.id,
-        source=handover.source,
-        destination=handover.destination,
-        started=handover.opened,
-        extra=extra,
-    )
