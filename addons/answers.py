@@ -9,11 +9,17 @@ import json
 from dataclasses import dataclass
 from html import escape
 from http import HTTPStatus
+from urllib.parse import quote
 
 from addons.judge import BAD_GATEWAY, Judgement
 from policies.model import Reason
 
 SERVED = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"  # RFC 9110 15.5.6: a 405 names what is served
+CHALLENGE = b'Basic realm="outgate", charset="UTF-8"'  # RFC 7617 2.1
+# As gRPC maps HTTP's statuses where there is none of its own (grpc/doc/http-grpc-status-mapping.md).
+_GRPC_STATUS = {401: 16, 403: 7, 407: 16, 421: 7, 429: 14, 502: 14, 503: 14, 504: 14}
+_GRPC_INTERNAL = 13
+_GRPC_SAFE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")  # grpc/doc/PROTOCOL-HTTP2.md: the rest in percents
 SHOWN = 200  # characters of a path or name that an answer repeats
 
 _SENTENCES = {
@@ -25,6 +31,7 @@ _SENTENCES = {
     Reason.EXPIRED: "{rule} is past its until date, so it allows nothing any more",
     Reason.UPGRADE: "{rule} does not admit Upgrade: {upgrade}",
     Reason.UNKNOWN_WORKLOAD: "the policy has no workload {workload}",
+    Reason.CREDENTIALS: "this proxy asks who you are: give the name and password of a workload's user",
     Reason.WRONG_PROTOCOL: "{rule} expects the other protocol on port {port}: TLS or plain HTTP",
     Reason.HOST_MISMATCH: "this connection was opened for {opened_for}; a request for {host} needs one of its own",
     Reason.MALFORMED_NAME: "the host asked for is no hostname: {note}",
@@ -39,6 +46,9 @@ _SENTENCES = {
     Reason.UPSTREAM_TIMEOUT: "{host} did not answer in time: {note}",
     Reason.UPSTREAM_CERTIFICATE: "the certificate of {host} does not verify: {note}",
     Reason.UPSTREAM_FAILED: "{host} answered in a way that cannot be passed on: {note}",
+    Reason.TOO_MANY_CONNECTIONS: "too much is under way: {note}",
+    Reason.HTTP2_FLOOD: "this connection sent more HTTP/2 resets, settings or pings than any client needs",
+    Reason.LOG_FAILED: "decision records cannot be written, and this gate lets nothing through unrecorded",
     Reason.GATE_FAILED: "a part of the gate failed, so nothing was let through: {note}",
 }
 
@@ -72,6 +82,8 @@ class Answer:
 
 def answer(judgement: Judgement, *, closes: bool = False) -> Answer:
     """The answer to a request that is not forwarded. `closes`: the connection ends with it in any case."""
+    if judgement.grpc:
+        return _answer_grpc(judgement)
     status = judgement.status or BAD_GATEWAY
     reason = judgement.verdict.reason
     problem: dict[str, object] = {
@@ -89,17 +101,34 @@ def answer(judgement: Judgement, *, closes: bool = False) -> Answer:
         (b"Content-Type", b"text/html; charset=utf-8" if judgement.page else b"application/problem+json"),
         (b"Content-Length", b"%d" % len(body)),
         (b"Cache-Control", b"no-store"),
-        (b"Outgate-Decision", f"deny; reason={reason}; id={judgement.id}".encode("ascii")),
+        _decision(judgement),
     ]
     if judgement.page:  # the page repeats what was asked for: escaped, and nothing on it may run or load
         headers.append((b"Content-Security-Policy", b"default-src 'none'; style-src 'unsafe-inline'"))
         headers.append((b"X-Content-Type-Options", b"nosniff"))
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         headers.append((b"Allow", SERVED.encode()))
+    if status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:  # RFC 9110 11.7.1
+        headers.append((b"Proxy-Authenticate", CHALLENGE))
     if closes or judgement.closes:
         headers.append((b"Connection", b"close"))
     is_head = judgement.attempt.method == "HEAD"
     return Answer(status, HTTPStatus(status).phrase, tuple(headers), b"" if is_head else body)
+
+
+def _answer_grpc(judgement: Judgement) -> Answer:
+    """Headers alone that are trailers too: a gRPC client shows their status, and of any other only its number."""
+    headers = (
+        (b"Content-Type", b"application/grpc"),
+        (b"Grpc-Status", b"%d" % _GRPC_STATUS.get(judgement.status or BAD_GATEWAY, _GRPC_INTERNAL)),
+        (b"Grpc-Message", quote(describe(judgement), safe=_GRPC_SAFE).encode("ascii")),
+        _decision(judgement),
+    )
+    return Answer(200, "OK", headers, b"")
+
+
+def _decision(judgement: Judgement) -> tuple[bytes, bytes]:
+    return b"Outgate-Decision", f"deny; reason={judgement.verdict.reason}; id={judgement.id}".encode("ascii")
 
 
 def describe(judgement: Judgement) -> str:

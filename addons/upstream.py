@@ -12,6 +12,9 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from functools import cached_property
+from ipaddress import ip_address
+from math import inf
 from typing import Protocol
 
 from mitmproxy import connection
@@ -39,11 +42,29 @@ class Resolution(Protocol):
     def from_hosts(self) -> bool: ...
 
 
+class SiteProxy(Protocol):
+    """The site's own proxy, where that is the way out. Nothing of what it `carries` is looked up here.
+
+    find           its addresses and port; raises Unreachable
+    tunnel         has it connect a socket to an origin; raises Unreachable, OSError
+    authorization  the value of `Proxy-Authorization`; raises Unreachable
+    """
+
+    def carries(self, target: Hostname) -> bool: ...
+    async def find(self) -> tuple[Sequence[Address], int]: ...
+    async def tunnel(self, sock: socket.socket, target: Hostname, port: int) -> None: ...
+    def authorization(self) -> str | None: ...
+
+
 class Upstream:
     """Opens upstream connections; to stock mitmproxy, which opens its own, it names the address.
 
     resolve  looks a name up; raises Unreachable when it has no address or nobody would say
     trust    verifies origins (`trust_origins`)
+    site     carries what it says it carries: TLS in a tunnel, plain requests as they are (`Gate` gives them its form)
+    is_own   whether an address and port are the gate's own, which it never dials
+    dialled  told of each connection that was tried: how long that took in seconds, and why it failed
+    trust_http2  makes what verifies origins that are offered HTTP/2; None: none is
     """
 
     def __init__(
@@ -53,11 +74,23 @@ class Upstream:
         conversation_of: Callable[[connection.Client], Conversation],
         *,
         dial_s: float = 10.0,
+        site: SiteProxy | None = None,
+        is_own: Callable[[Address, int], bool] | None = None,
+        dialled: Callable[[float, Reason | None], None] | None = None,
+        trust_http2: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self._resolve = resolve
         self._trust = trust
         self._conversation_of = conversation_of
         self._dial_s = dial_s
+        self._site = site
+        self._is_own = is_own
+        self._dialled = dialled
+        self._make_trust_http2 = trust_http2
+
+    @cached_property
+    def _trust_http2(self) -> ssl.SSLContext:
+        return self._make_trust_http2() if self._make_trust_http2 else self._trust
 
     async def server_connect(self, data: ServerConnectionHookData) -> None:
         conversation = self._conversation_of(data.client)
@@ -69,23 +102,68 @@ class Upstream:
         else:
             data.server.address = (str(addresses[0]), port)
 
-    async def open(self, conversation: Conversation, protocol: Callable[[], asyncio.BaseProtocol]) -> asyncio.Transport:
-        """A connection to the origin of the conversation's latest allow. Raises Unreachable."""
+    async def open(
+        self, conversation: Conversation, protocol: Callable[[], asyncio.BaseProtocol], *, http2: bool = False
+    ) -> asyncio.Transport:
+        """A connection to the origin of the conversation's latest allow, which may be offered `http2` too.
+
+        Raises Unreachable.
+        """
+        begun, site = inf, self._site_for(conversation)
         try:
             async with asyncio.timeout(self._dial_s):
-                addresses, port = await self._look_up(conversation)
+                addresses, port = await (site.find() if site else self._look_up(conversation))
+                begun = asyncio.get_running_loop().time()
                 sock = await _connect(addresses, port)
-                return await self._wrap(sock, conversation, protocol)
-        except TimeoutError as error:
-            raise Unreachable(Reason.UPSTREAM_TIMEOUT, f"no connection within {self._dial_s:g} s") from error
-        except ssl.SSLCertVerificationError as error:
-            raise Unreachable(Reason.UPSTREAM_CERTIFICATE, error.verify_message.rstrip(".").lower()) from error
-        except ssl.SSLError as error:
-            raise Unreachable(Reason.UPSTREAM_FAILED, f"no TLS ({(error.reason or str(error)).lower()})") from error
+                if site and not conversation.plain:
+                    await self._tunnel(site, sock, conversation)
+                trust = self._trust_http2 if http2 else self._trust
+                transport = await _wrap(sock, conversation, protocol, trust)
+        except Unreachable as unreachable:
+            self._observe(begun, unreachable.reason)
+            raise
         except OSError as error:
-            reason = _REASONS.get(error.errno or 0, Reason.UPSTREAM_FAILED)
-            note = os.strerror(error.errno) if error.errno else str(error)  # asyncio's own text repeats the address
-            raise Unreachable(reason, note.lower()) from error
+            failure = self._explain(error, "through the site's proxy: " if site else "")
+            self._observe(begun, failure.reason)
+            raise failure from error
+        self._observe(begun, None)
+        return transport
+
+    def admits(self, conversation: Conversation, address: str) -> bool:
+        """Whether a connection that was opened for the conversation may carry its latest allowed request as well: the
+        policy may be another by now, and no longer admit a private address."""
+        if self._site_for(conversation):
+            return True
+        verdict = conversation.allowed
+        return verdict is not None and admit(verdict, ip_address(address), from_hosts=conversation.from_hosts).is_allow
+
+    def _site_for(self, conversation: Conversation) -> SiteProxy | None:
+        """The site's proxy, where it carries the host; None: the host is dialled, or refused by `_look_up`."""
+        host, site = conversation.opened_for, self._site
+        return site if site and host and conversation.allowed and site.carries(host) else None
+
+    async def _tunnel(self, site: SiteProxy, sock: socket.socket, conversation: Conversation) -> None:
+        try:
+            await site.tunnel(sock, conversation.opened_for or Hostname(""), conversation.port)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _explain(self, error: OSError, way: str) -> Unreachable:
+        """What of a connection failed. asyncio's deadline and every error of TLS are OSErrors too."""
+        if isinstance(error, TimeoutError):
+            return Unreachable(Reason.UPSTREAM_TIMEOUT, f"{way}no connection within {self._dial_s:g} s")
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return Unreachable(Reason.UPSTREAM_CERTIFICATE, error.verify_message.rstrip(".").lower())
+        if isinstance(error, ssl.SSLError):
+            return Unreachable(Reason.UPSTREAM_FAILED, f"no TLS ({(error.reason or str(error)).lower()})")
+        reason = _REASONS.get(error.errno or 0, Reason.UPSTREAM_FAILED)
+        note = os.strerror(error.errno) if error.errno else str(error)  # asyncio's own text repeats the address
+        return Unreachable(reason, way + note.lower())
+
+    def _observe(self, begun: float, reason: Reason | None) -> None:
+        if self._dialled and begun < inf:  # what failed before it was dialled is the lookup's, or a denial
+            self._dialled(asyncio.get_running_loop().time() - begun, reason)
 
     async def _look_up(self, conversation: Conversation) -> tuple[Sequence[Address], int]:
         """The addresses that may be dialled, and the port."""
@@ -93,37 +171,48 @@ class Upstream:
         if host is None or verdict is None:
             raise Unreachable(Reason.GATE_FAILED, "a connection was wanted before any request was allowed")
         resolution = await self._resolve(host)
+        conversation.from_hosts = resolution.from_hosts
+        port = resolution.port or conversation.port
         admitted, refused = [], None
         for address in resolution.addresses:
             checked = admit(verdict, address, from_hosts=resolution.from_hosts)
-            if checked.is_allow:
-                admitted.append(address)
-            else:
+            if not checked.is_allow:
                 refused = refused or Unreachable(checked.reason, str(address))
+            elif self._is_own and self._is_own(address, port):
+                refused = refused or Unreachable(Reason.NEVER_REACHED, "it is this gate")
+            else:
+                admitted.append(address)
         if not admitted:
             raise refused or Unreachable(Reason.NAME_NOT_FOUND, "it has no address")
-        return admitted[:MAX_ADDRESSES], resolution.port or conversation.port
-
-    async def _wrap(
-        self, sock: socket.socket, conversation: Conversation, protocol: Callable[[], asyncio.BaseProtocol]
-    ) -> asyncio.Transport:
-        loop = asyncio.get_running_loop()
-        if conversation.plain:
-            transport, _ = await loop.create_connection(protocol, sock=sock)
-        else:
-            transport, _ = await loop.create_connection(
-                protocol, sock=sock, ssl=self._trust, server_hostname=conversation.opened_for
-            )
-        return transport
+        return admitted[:MAX_ADDRESSES], port
 
 
-def trust_origins(authorities: str | None = None) -> ssl.SSLContext:
-    """Verifies origins by the system's store, or by the PEM file `authorities` alone. Raises OSError."""
+async def _wrap(
+    sock: socket.socket,
+    conversation: Conversation,
+    protocol: Callable[[], asyncio.BaseProtocol],
+    trust: ssl.SSLContext,
+) -> asyncio.Transport:
+    loop = asyncio.get_running_loop()
+    if conversation.plain:
+        transport, _ = await loop.create_connection(protocol, sock=sock)
+    else:
+        transport, _ = await loop.create_connection(
+            protocol, sock=sock, ssl=trust, server_hostname=conversation.opened_for
+        )
+    return transport
+
+
+def trust_origins(authorities: str | None = None, more: Sequence[str] = ()) -> ssl.SSLContext:
+    """Verifies origins by the system's store, or by the PEM file `authorities` alone. Raises OSError.
+
+    They are offered HTTP/1.1, and before it what is in `more` (ALPN).
+    """
     context = ssl.create_default_context(cafile=authorities)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.hostname_checks_common_name = False  # RFC 9525 6.3: the subject alternative names alone
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # 3.13's default; passthrough clients do not ask for it either
-    context.set_alpn_protocols(["http/1.1"])
+    context.set_alpn_protocols([*more, "http/1.1"])
     return context
 
 

@@ -13,6 +13,7 @@ from threading import Lock
 from pki.authority import Issuing, Leaf, issue_leaf
 
 HTTP_1 = ("http/1.1",)
+HTTP_2 = ("h2",)
 # TLS 1.2 without tickets: OpenSSL keeps a session for each connection that ends cleanly, up to 20,480 of about 1 kB in
 # every context, and Python cannot turn that off. A worn context is minted again instead.
 MAX_SESSIONS = 64
@@ -21,7 +22,12 @@ MAX_SESSIONS = 64
 @dataclass(frozen=True, slots=True)
 class _Held[C]:
     context: C
+    not_before: datetime
     renew_at: datetime
+
+    def is_fresh(self, now: datetime) -> bool:
+        """Also where the clock was set back: a leaf of the future is refused by every client."""
+        return self.not_before <= now < self.renew_at
 
 
 class Leaves[C]:
@@ -56,7 +62,7 @@ class Leaves[C]:
         """The context of `host` if it is here and fresh. A loop asks this first and leaves `context` to a thread."""
         with self._lock:
             held = self._held.get(host)
-            if held is None or self._clock() >= held.renew_at or self._is_worn(held.context):
+            if held is None or not held.is_fresh(self._clock()) or self._is_worn(held.context):
                 return None
             self._held.move_to_end(host)
             return held.context
@@ -68,7 +74,7 @@ class Leaves[C]:
 
     def _mint(self, host: str) -> C:
         leaf = issue_leaf(self._issuing, host, self._clock())
-        held = _Held(self._build(leaf), leaf.renew_at)
+        held = _Held(self._build(leaf), leaf.certificate.not_valid_before_utc, leaf.renew_at)
         with self._lock:  # two threads may have minted the same host: both contexts serve, the later one stays
             self._held[host] = held
             self._held.move_to_end(host)

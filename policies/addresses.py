@@ -7,7 +7,7 @@ carries IPv4 addresses (mapped, NAT64, 6to4, Teredo, ISATAP, ...) is as bad as t
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 
@@ -125,8 +125,14 @@ def inside_one_private_block(network: Network) -> bool:
     return any(_contains(private, network) for private in _PRIVATE_NETWORKS)
 
 
+type PrefixTables[V] = tuple[tuple[int, Mapping[int, list[V]]], ...]
+
+
 class PrefixMap[V]:
-    """Values by prefix. A look-up costs one dict access for each prefix length in use, however many prefixes."""
+    """Values by prefix. A look-up costs one access for each prefix length in use, however many prefixes.
+
+    v4, v6  for each length, the longest first: how far an address is shifted, and the values by what is left of it
+    """
 
     def __init__(self, pairs: Iterable[tuple[Network, V]] = ()) -> None:
         tables: dict[int, dict[int, dict[int, list[V]]]] = {4: {}, 6: {}}
@@ -135,11 +141,18 @@ class PrefixMap[V]:
             shift = network.max_prefixlen - network.prefixlen
             table = tables[network.version].setdefault(shift, {})
             table.setdefault(int(network.network_address) >> shift, []).append(value)
-        self._v4 = tuple(sorted(tables[4].items()))
-        self._v6 = tuple(sorted(tables[6].items()))
+        self.v4: PrefixTables[V] = tuple(sorted(tables[4].items()))
+        self.v6: PrefixTables[V] = tuple(sorted(tables[6].items()))
+
+    @classmethod
+    def of(cls, v4: PrefixTables[V], v6: PrefixTables[V]) -> PrefixMap[V]:
+        """The map of tables that were made before."""
+        made = cls()
+        made.v4, made.v6 = v4, v6
+        return made
 
     def __bool__(self) -> bool:
-        return bool(self._v4 or self._v6)
+        return bool(self.v4 or self.v6)
 
     def covering(self, address: Address) -> list[V]:
         """The values of every prefix that holds `address`, longest first, equal prefixes in the order given.
@@ -147,12 +160,12 @@ class PrefixMap[V]:
         An IPv4-mapped IPv6 address is looked up as its IPv4 address.
         """
         number = int(address)
-        tables = self._v4
+        tables = self.v4
         if address.version == 6:
             if number >> 32 == _MAPPED:
                 number &= _LOW32
             else:
-                tables = self._v6
+                tables = self.v6
         found: list[V] = []
         for shift, table in tables:
             values = table.get(number >> shift)

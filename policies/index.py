@@ -7,7 +7,7 @@ the number of rules. `engine` reads these tables; nothing else needs them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import pairwise
@@ -63,22 +63,31 @@ class HostGroup:
 
 
 class HostTable:
-    """Patterns of host rules, the most specific first. `closes`: some pattern is `deny: all`."""
+    """Groups of host rules by their pattern. `closes`: some pattern is `deny: all`."""
 
     __slots__ = ("closes", "exact", "wildcards")
 
-    def __init__(self, rules: Iterable[HostRule]) -> None:
+    def __init__(
+        self, exact: Mapping[Hostname, HostGroup], wildcards: Mapping[Hostname, HostGroup], *, closes: bool
+    ) -> None:
+        self.exact = exact
+        self.wildcards = wildcards
+        self.closes = closes
+
+    @classmethod
+    def of(cls, rules: Iterable[HostRule]) -> HostTable:
         by_pattern: dict[tuple[Hostname, bool], list[HostRule]] = {}
         for rule in rules:
             by_pattern.setdefault((rule.pattern.host, rule.pattern.wildcard), []).append(rule)
-        self.exact: dict[Hostname, HostGroup] = {}
-        self.wildcards: dict[Hostname, HostGroup] = {}
-        for (host, wildcard), group in by_pattern.items():
-            (self.wildcards if wildcard else self.exact)[host] = _group(group)
-        self.closes = any(group.deny_all for group in self.groups())
+        exact: dict[Hostname, HostGroup] = {}
+        wildcards: dict[Hostname, HostGroup] = {}
+        for (host, wildcard), found in by_pattern.items():
+            (wildcards if wildcard else exact)[host] = group_of(found)
+        closes = any(found.deny_all for found in (*exact.values(), *wildcards.values()))
+        return cls(exact, wildcards, closes=closes)
 
     def matching(self, name: Hostname) -> list[HostGroup]:
-        """The groups whose pattern matches `name`."""
+        """The groups whose pattern matches `name`, the most specific first."""
         found = []
         if group := self.exact.get(name):
             found.append(group)
@@ -117,25 +126,29 @@ class WorkloadIndex:
     dns: Mapping[tuple[Hostname, bool], tuple[NameRule, ...]]
     host_ports: frozenset[PortRange]
     plain_ports: frozenset[PortRange]
-    ancestors: frozenset[Hostname]  # every name above a named one; wildcards count with the name they stand under
+    ancestors: Collection[Hostname]  # every name above a named one; wildcards count with the name they stand under
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All workloads of all merged files, compiled. Equal when the rules are; swapped whole on reload."""
+    """All workloads of all merged files, compiled. Equal when the rules are; swapped whole on reload.
+
+    generation  tells one policy from another in records: twelve hex digits; empty where nobody asked for it
+    """
 
     workloads: Mapping[str, Workload]
-    guard: tuple[HostRule, ...]
-    tests: tuple[Test, ...]
+    guard: Sequence[HostRule]
+    tests: Sequence[Test]
     index: Mapping[str, WorkloadIndex] = field(repr=False, compare=False)
     guard_table: HostTable = field(repr=False, compare=False)
     sources: PrefixMap[str] = field(repr=False, compare=False)
     users: Mapping[str, str] = field(repr=False, compare=False)  # name of a verified credential to workload
+    generation: str = field(default="", repr=False, compare=False)
 
 
 def build(workloads: Mapping[str, Workload], guard: Sequence[HostRule] = (), tests: Sequence[Test] = ()) -> Policy:
     """The policy of these workloads. Raises PolicyError with every contradiction, each naming both lines."""
-    guard_table = HostTable(guard)
+    guard_table = HostTable.of(guard)
     index = {name: _index_workload(workload) for name, workload in workloads.items()}
     problems = [problem for entry in index.values() for problem in _contradictions(entry, guard_table)]
     problems += _shared_sources(workloads.values())
@@ -180,7 +193,7 @@ def _index_workload(workload: Workload) -> WorkloadIndex:
                 ntp[rule.pattern.host].append(rule)
             case NameRule():
                 dns[rule.pattern.host, rule.pattern.wildcard].append(rule)
-    table = HostTable(hosts)
+    table = HostTable.of(hosts)
     ranges = {(ports.ports, ports.plain) for group in table.groups() for ports in group.ports}
     return WorkloadIndex(
         workload=workload,
@@ -225,7 +238,8 @@ def _transport_table(rules: Sequence[TransportRule]) -> TransportTable:
     )
 
 
-def _group(found: Sequence[HostRule]) -> HostGroup:
+def group_of(found: Iterable[HostRule]) -> HostGroup:
+    """What rules of one pattern say together."""
     rules = tuple(found)
     entries = [(entry, rule) for rule in rules for entry in rule.deny]
     return HostGroup(

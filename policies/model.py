@@ -6,6 +6,7 @@ Text becomes these values in `document` (policy files), `words` (attempts in wor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
@@ -184,7 +185,7 @@ class TransportRule(Rule):
 
     stage: Stage  # TCP or UDP
     host: Hostname | None
-    networks: tuple[Network, ...] = ()
+    networks: Sequence[Network] = ()
     tag: str | None = None
     ports: tuple[PortRange, ...]
     private: bool = False
@@ -216,7 +217,7 @@ class Match:
 
     place: Place
     kubernetes: KubernetesMatch | None = None
-    address: tuple[Network, ...] = ()
+    address: Sequence[Network] = ()
     user: str | None = None
 
 
@@ -226,7 +227,7 @@ class Workload:
 
     name: str
     place: Place
-    rules: tuple[AnyRule, ...]
+    rules: Sequence[AnyRule]
     match: Match | None = None
     mode: Mode = Mode.ENFORCE
     log_query: bool = False

@@ -11,12 +11,13 @@ from proxy.own_code import settle_imports
 
 COMMANDS = {  # name: (where it lives, its line in --help)
     "run": ("proxy.commands.run:run", "Run a command that reaches what its policy names and nothing else."),
-    "serve": ("proxy.commands.serve:serve", "Serve redirected connections in the foreground."),
+    "serve": ("proxy.commands.serve:serve", "Serve a gate in the foreground: gateway, sidecar or proxy."),
     "check": ("proxy.commands.check:check", "Load policy files, run their tests, warn of what is risky."),
     "test": ("proxy.commands.test:test", "Run the tests written in policy files."),
     "why": ("proxy.commands.why:why", "Say whether an attempt passes, by which rule, and what would change it."),
-    "schema": ("proxy.commands.schema:schema", "Print the JSON Schema of policy files."),
+    "schema": ("proxy.commands.schema:schema", "Print the JSON Schema of policy files, or of gate.yaml."),
     "pki": ("proxy.commands.pki:pki", "Make the authority that inspection needs."),
+    "credentials": ("proxy.commands.credentials:credentials", "Keep the users of an explicit proxy."),
     "version": ("proxy.commands.version:version", "Print the versions that matter."),
 }
 

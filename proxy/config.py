@@ -8,14 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from policies.hostnames import Hostname, Pattern
 from policies.model import Network
 from proxy.hosts import HostsEntry, Nameserver
-from proxy.inspector.handover import Bounds
 from proxy.limits import Limits
 
+if TYPE_CHECKING:
+    from proxy.inspector.handover import Bounds
+
 type SocketAddress = tuple[str, int]  # an address as text, without brackets, and a port
+
+GATE_PORT, PROXY_PORT, ADMIN_PORT = 15001, 3128, 9901
+MAX_WORKERS = 64
 
 
 class GateMode(StrEnum):
@@ -47,16 +53,44 @@ class UpstreamProxy:
     direct: tuple[Pattern | Network, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where the gate listens. A proxy's takes CONNECT and absolute form, any other what the kernel redirects to it."""
+
+    address: SocketAddress
+    is_proxy: bool = False
+
+
+# What each mode listens on where nobody says: redirected connections, and those to a proxy.
+_DEFAULT_LISTEN: Mapping[GateMode, tuple[SocketAddress, ...]] = {
+    GateMode.GATEWAY: (("::", GATE_PORT),),
+    GateMode.SIDECAR: (("127.0.0.1", GATE_PORT), ("::1", GATE_PORT)),
+    GateMode.PROXY: (),
+}
+_DEFAULT_PROXY_LISTEN: Mapping[GateMode, tuple[SocketAddress, ...]] = {
+    GateMode.GATEWAY: (),
+    GateMode.SIDECAR: (),
+    GateMode.PROXY: (("127.0.0.1", PROXY_PORT),),
+}
+_IPV4_OF = {"::": "0.0.0.0"}  # noqa: S104 - a gateway is there for others
+
+
+def _bounds() -> Bounds:
+    from proxy.inspector.handover import Bounds  # here: with it comes the inspector, which no command line needs
+
+    return Bounds()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """One gate. Paths are absolute; what a key means to the operator stands in docs/configuration.md."""
 
-    mode: GateMode
+    mode: GateMode = GateMode.GATEWAY
     policy: tuple[str, ...]
     tags: tuple[str, ...] = ()
     workload: str | None = None
-    listen: tuple[SocketAddress, ...] = ()  # redirected connections
-    proxy_listen: tuple[SocketAddress, ...] = ()  # CONNECT and absolute form
+    listen: tuple[SocketAddress, ...] | None = None  # redirected connections; None: as the mode has it, see `doors`
+    proxy_listen: tuple[SocketAddress, ...] | None = None  # CONNECT and absolute form; None: as the mode has it
     credentials: str | None = None
     proxy_protocol_from: tuple[Network, ...] = ()
     workers: int = 1
@@ -67,8 +101,27 @@ class Config:
     pki: str | None = None
     log: str | None = None  # a path, `-` for standard error, None for standard output
     on_log_failure: OnLogFailure = OnLogFailure.CONTINUE
-    admin: SocketAddress | None = ("127.0.0.1", 9901)
+    admin: SocketAddress | None = ("127.0.0.1", ADMIN_PORT)
     admin_token: str | None = None  # path of a file
     grace_s: float = 5.0  # at the end: how long open connections may take to finish
     limits: Limits = field(default_factory=Limits)
-    bounds: Bounds = field(default_factory=Bounds)
+    bounds: Bounds = field(default_factory=_bounds)
+
+    def doors(self, *, has_ipv6: bool = True) -> tuple[Door, ...]:
+        """Every address to listen on; each must be bound, or the gate does not start.
+
+        A host without IPv6 (`has_ipv6` False) has other defaults. What was asked for by name stays, and fails there.
+        """
+        redirected, proxied = self.listen, self.proxy_listen
+        if redirected is None:
+            redirected = _bindable(_DEFAULT_LISTEN[self.mode], has_ipv6)
+        if proxied is None:
+            proxied = _bindable(_DEFAULT_PROXY_LISTEN[self.mode], has_ipv6)
+        return (*(Door(address) for address in redirected), *(Door(address, is_proxy=True) for address in proxied))
+
+
+def _bindable(addresses: tuple[SocketAddress, ...], has_ipv6: bool) -> tuple[SocketAddress, ...]:
+    """Defaults for this host: without IPv6 there is no ::1, and [::], which takes both, is 0.0.0.0."""
+    if has_ipv6:
+        return addresses
+    return tuple((_IPV4_OF.get(address, address), port) for address, port in addresses if address != "::1")

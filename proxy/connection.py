@@ -6,23 +6,22 @@ It takes no byte of what it lets pass: the hello is peeked and stays in the kern
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address
 from math import inf
 
 from addons.answers import answer
-from addons.judge import BAD_GATEWAY, FORBIDDEN, Judgement
+from addons.judge import BAD_GATEWAY, FORBIDDEN, UNAVAILABLE, Judgement
 from policies.engine import Expect
 from policies.hostnames import Hostname, MalformedName, parse_hostname
 from policies.model import UNKNOWN, Action, Address, Attempt, Reason, Stage, Tls, Verdict
-from proxy.epoll import IN, ONESHOT, RDHUP, Epoll
-from proxy.flow import Exit, Flow
+from proxy.epoll import IN, ONESHOT, RDHUP
+from proxy.flow import Flow
+from proxy.guest import Gate
 from proxy.inspector.handover import Handover
-from proxy.limits import Limits
-from proxy.original_dst import Destination, OriginalDst, local_dst, parse_address
-from proxy.record import Peer, Record, Sink, new_id, record_of
+from proxy.original_dst import Destination, local_dst, parse_address
+from proxy.record import Peer, Record, new_id, record_of
 from proxy.relays.stream import End, reset
 from proxy.wire.client_hello import (
     Alert,
@@ -49,45 +48,32 @@ _ALERTS = {
     Reason.UPSTREAM_REFUSED: Alert.INTERNAL_ERROR,
     Reason.UPSTREAM_TIMEOUT: Alert.INTERNAL_ERROR,
     Reason.UPSTREAM_FAILED: Alert.INTERNAL_ERROR,
+    Reason.LOG_FAILED: Alert.INTERNAL_ERROR,
     Reason.GATE_FAILED: Alert.INTERNAL_ERROR,
 }
+_STATUS = {Reason.LOG_FAILED: UNAVAILABLE, Reason.GATE_FAILED: BAD_GATEWAY}
 _UNANSWERED = frozenset({Reason.CLIENT_GONE, Reason.HELLO_TIMEOUT, Reason.TOO_MANY_CONNECTIONS})
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
-    """What a connection may ask. `Listener` says what each is; `over` is called once for each connection."""
-
-    epoll: Epoll
-    exit: Exit
-    limits: Limits
-    original_dst: OriginalDst
-    identify: Callable[[Address], str]
-    expect: Callable[[str, int], Expect]
-    carries_plain: Callable[[str, int], bool]
-    decide: Callable[[Attempt], Verdict]
-    names_of: Callable[[str, Address], tuple[Hostname, ...]]
-    inspect: Callable[[socket.socket, Handover], None] | None
-    record: Sink
-    clock: Callable[[], float]
-    over: Callable[[Connection], None]
-
-
-@dataclass(frozen=True, slots=True)
 class Tunnel:
-    """Where a CONNECT asked for: a name (`authority`), which must then be the SNI, or an address."""
+    """Where a CONNECT asked for: a name (`authority`), which must then be the SNI, or an address; and who asked.
+
+    user  the name of the proxy credential that was verified, if one was
+    """
 
     authority: Hostname | None
     address: Address | None
     port: int
+    user: str | None = None
 
 
 class Connection:
     """Owns its socket until it is over: closed or given away. Writes one decision record, unless the inspector does."""
 
-    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_gate", "_give_up", "_is_resting", "_is_silent", "_left",
-                 "_opened", "_tunnel", "_wanted", "deadline", "destination", "fd", "is_over", "peer", "sock", "source",
-                 "workload")  # fmt: skip
+    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_gate", "_generation", "_give_up", "_is_resting",
+                 "_is_silent", "_left", "_opened", "_tunnel", "_wanted", "deadline", "destination", "fd", "is_over",
+                 "peer", "sock", "source", "workload")  # fmt: skip
 
     def __init__(self, gate: Gate, sock: socket.socket, peer: Peer, tunnel: Tunnel | None = None) -> None:
         self._gate = gate
@@ -97,6 +83,7 @@ class Connection:
         self.peer = self.source = peer
         self.destination: Destination = _NOT_KNOWN
         self.workload = UNKNOWN
+        self._generation = ""  # of the policy that found the workload, and that judges
         self.is_over = False
         self.deadline = self._give_up = inf
         self._opened = gate.clock()
@@ -137,13 +124,18 @@ class Connection:
         address = parse_address(self.peer[0])
         if self.sock.family == socket.AF_INET6:
             self.source = str(address), self.peer[1]
-        self.workload = self._gate.identify(address)
+        self._find_workload()
         if self._tunnel:
             self.destination = self._tunnel.address or _NOWHERE, self._tunnel.port
             return True
         found = self._gate.original_dst(self.sock)
         self.destination = found or local_dst(self.sock)
         return found is not None
+
+    def _find_workload(self) -> None:
+        """By the policy that judges now."""
+        self._generation = self._gate.generation()
+        self.workload = self._gate.identify(parse_address(self.peer[0]), self._tunnel.user if self._tunnel else None)
 
     def _peek(self, events: int) -> None:
         try:
@@ -233,7 +225,7 @@ class Connection:
     def _judge_plain(self) -> None:
         """A request without TLS: the inspector judges it by Host and path; on a port for TLS it is refused here."""
         if self._gate.carries_plain(self.workload, self.destination[1]):
-            self._hand_over(None, plain=True)
+            self._hand_over(self._tunnel.authority if self._tunnel else None, plain=True)
         elif self._expect is Expect.EITHER:
             self._judge_opaque()
         else:
@@ -254,6 +246,9 @@ class Connection:
         """Ask for the verdict and carry it out. Nothing has been looked up or dialled before."""
         gate = self._gate
         address, port = self.destination
+        if self._generation != gate.generation():  # who it was under the former policy gives no rights under this one
+            self._find_workload()
+            self._expect = gate.expect(self.workload, port)
         names: tuple[Hostname, ...] = ()
         authority = self._tunnel.authority if self._tunnel else None
         if authority is not None:
@@ -310,7 +305,7 @@ class Connection:
         if self._first is First.TLS:
             return render_alert(_ALERTS.get(verdict.reason, Alert.ACCESS_DENIED))
         if self._first is First.HTTP and self._attempt is not None:
-            status = BAD_GATEWAY if verdict.reason is Reason.GATE_FAILED else FORBIDDEN
+            status = _STATUS.get(verdict.reason, FORBIDDEN)
             return answer(Judgement(id, self._attempt, verdict, status), closes=True).to_bytes()
         return b""
 
@@ -344,6 +339,7 @@ class Connection:
             source=self.source,
             destination=None if self._tunnel and self._tunnel.authority else (str(address), port),
             opened=self._opened,
+            user=self._tunnel.user if self._tunnel else None,
         )
         gate.epoll.unwatch(self)
         gate.epoll.remove(self.fd)
@@ -408,10 +404,16 @@ class Connection:
     def _record(self, verdict: Verdict, id: str, flow: Flow | None = None, how: End = End.CLOSED) -> None:
         address, port = self.destination
         extra: Record = {}
+        if self._generation:
+            extra["policy.generation"] = self._generation
+        if self._tunnel and self._tunnel.user is not None:
+            extra["user.name"] = self._tunnel.user
         if flow is not None:
-            extra = {"upstream.address": str(flow.upstream[0]), "upstream.port": flow.upstream[1]}
+            extra["upstream.address"], extra["upstream.port"] = str(flow.upstream[0]), flow.upstream[1]
         if how is not End.CLOSED:
             extra["flow.end"] = how.value
+        if self._flow is not None and self._flow.note:
+            extra["error.message"] = self._flow.note
         self._gate.record(
             record_of(
                 self._attempt or Attempt(verdict.stage, self.workload, port=port, address=address),

@@ -1,4 +1,7 @@
-"""Opens one upstream connection out of several addresses, staggered as RFC 8305 says. Judges and resolves nothing."""
+"""Opens one upstream connection out of several addresses, staggered as RFC 8305 says; also through the site's proxy.
+
+It judges and resolves nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import errno
 import socket
 from collections.abc import Callable, Iterable, Sequence
 
+from addons.judge import Unreachable
 from policies.model import Address, Reason
-from proxy.epoll import ERR, HUP, OUT, Epoll
+from proxy.epoll import ERR, HUP, IN, OUT, Epoll
 from proxy.limits import Limits
+from proxy.wire.connect import MAX_HEAD, MalformedAnswer, parse_answer
 
 type Connected = Callable[[socket.socket, Address], None]
-type Unreachable = Callable[[Reason], None]
 
 _REASONS = {
     errno.ECONNREFUSED: Reason.UPSTREAM_REFUSED,
@@ -54,7 +58,7 @@ class Dial:
         limits: Limits,
         *,
         connected: Connected,
-        unreachable: Unreachable,
+        unreachable: Callable[[Reason], None],
         crashed: Callable[[Exception], None],
     ) -> None:
         self._epoll = epoll
@@ -161,3 +165,125 @@ class _Try:
     def close(self) -> None:
         self._epoll.forget(self.sock.fileno())
         self.sock.close()
+
+
+class TunnelDial:
+    """A dial to the site's proxy, and its answer to `request`, together within one deadline.
+
+    It ends as a `Dial` does; `unreachable` is also told what happened. No byte after the answer's head has been read:
+    the origin may speak first.
+    """
+
+    __slots__ = ("_address", "_connected", "_crashed", "_dial", "_epoll", "_reader", "_request", "_sock",
+                 "_unreachable", "deadline")  # fmt: skip
+
+    def __init__(
+        self,
+        epoll: Epoll,
+        addresses: Sequence[Address],
+        port: int,
+        limits: Limits,
+        request: bytes,
+        *,
+        connected: Connected,
+        unreachable: Callable[[Reason, str], None],
+        crashed: Callable[[Exception], None],
+    ) -> None:
+        self._epoll = epoll
+        self._request = request
+        self._connected = connected
+        self._unreachable = unreachable
+        self._crashed = crashed
+        self._sock: socket.socket | None = None
+        self._address = addresses[0]
+        self.deadline = epoll.now + limits.dial_s
+        self._dial = Dial(
+            epoll,
+            addresses,
+            port,
+            limits,
+            connected=self._ask,
+            unreachable=lambda reason: unreachable(reason, "the site's proxy cannot be reached"),
+            crashed=crashed,
+        )
+
+    def cancel(self) -> None:
+        """Close what there is; no callback follows."""
+        self._dial.cancel()
+        self._epoll.unwatch(self)
+        if self._sock is not None:
+            self._epoll.forget(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+
+    def expired(self) -> None:
+        self._fail(Unreachable(Reason.UPSTREAM_TIMEOUT, "the site's proxy did not answer in time"))
+
+    def failed(self, error: Exception) -> None:
+        self.cancel()
+        self._crashed(error)
+
+    def _ask(self, sock: socket.socket, address: Address) -> None:
+        self._sock = sock
+        self._address = address
+        self._reader = AnswerReader(sock)
+        self._epoll.watch(self)
+        self._epoll.put(sock.fileno(), IN, self._read, self.failed)
+        try:
+            sent = sock.send(self._request)
+        except OSError:
+            sent = 0
+        if sent < len(self._request):  # a fresh connection takes it whole, if it takes anything
+            self._fail(Unreachable(Reason.UPSTREAM_FAILED, "the site's proxy closed before it was asked"))
+
+    def _read(self, _events: int) -> None:
+        sock = self._sock
+        assert sock is not None
+        try:
+            if not self._reader.read():
+                return
+        except Unreachable as failure:
+            self._fail(failure)
+            return
+        self._epoll.unwatch(self)
+        self._sock = None
+        try:
+            self._connected(sock, self._address)
+        except Exception:
+            self._epoll.forget(sock.fileno())
+            sock.close()
+            raise
+
+    def _fail(self, failure: Unreachable) -> None:
+        self.cancel()
+        self._unreachable(failure.reason, failure.note)
+
+
+class AnswerReader:
+    """Reads what the site's proxy answers to a CONNECT, and not one byte that follows it."""
+
+    __slots__ = ("_head", "_sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._head = b""
+
+    def read(self) -> bool:
+        """Take what has come. True: the tunnel is there; False: more is to come. Raises Unreachable."""
+        try:
+            data = self._sock.recv(MAX_HEAD - len(self._head), socket.MSG_PEEK)
+            answer = parse_answer(self._head + data)
+            taken = answer.size - len(self._head) if answer else len(data)
+            self._head += self._sock.recv(taken)
+        except BlockingIOError:
+            return False
+        except MalformedAnswer as error:
+            raise Unreachable(Reason.UPSTREAM_FAILED, f"the site's proxy {error}") from error
+        except OSError as error:
+            raise Unreachable(Reason.UPSTREAM_FAILED, "the site's proxy reset the connection") from error
+        if not data:
+            raise Unreachable(Reason.UPSTREAM_FAILED, "the site's proxy closed before it answered")
+        if answer and not answer.is_established:
+            hint = ": it wants credentials, or other ones" if answer.status == 407 else ""
+            raise Unreachable(Reason.UPSTREAM_REFUSED, f"the site's proxy answered {answer.status}{hint}")
+        return answer is not None

@@ -17,7 +17,12 @@ MAX_NAMESERVERS = 3  # resolv.conf(5): what every other program on the machine u
 
 
 class MalformedHostOption(ValueError):
-    """A `--host` that cannot be meant. `str()` says what is wrong and what to write."""
+    """A `--host` that cannot be meant. `message` says what is wrong and what to write, `text` which it is."""
+
+    def __init__(self, text: str, message: str) -> None:
+        self.text = text
+        self.message = message
+        super().__init__(f'--host "{text}": {message}')
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +37,16 @@ def parse_host_option(text: str) -> tuple[Hostname, HostsEntry]:
     """`NAME=ADDR`, `NAME=ADDR:PORT` or `NAME=[ADDR6]:PORT`. Raises MalformedHostOption."""
     name_text, equals, target = text.partition("=")
     if not equals:
-        raise MalformedHostOption(f'--host "{text}": write NAME=ADDRESS or NAME=ADDRESS:PORT')
+        raise MalformedHostOption(text, "write NAME=ADDRESS or NAME=ADDRESS:PORT")
     try:
         name = parse_hostname(name_text)
     except MalformedName as error:
-        raise MalformedHostOption(f'--host "{text}": {error}') from error
+        raise MalformedHostOption(text, str(error)) from error
     address_text, port_text = _split_port(target)
     address = _parse_dialable(address_text)
     if address is None:
         repair = "write [ADDRESS]:PORT for IPv6" if ":" in target else "NAME=ADDRESS takes an IPv4 or IPv6 address"
-        raise MalformedHostOption(f'--host "{text}": "{address_text}" is not an address; {repair}')
+        raise MalformedHostOption(text, f'"{address_text}" is not an address; {repair}')
     return name, HostsEntry((address,), None if port_text is None else _parse_port(port_text, text))
 
 
@@ -52,9 +57,7 @@ def parse_host_options(texts: Iterable[str]) -> dict[Hostname, HostsEntry]:
         name, entry = parse_host_option(text)
         before = entries.setdefault(name, entry)
         if before.port != entry.port:
-            raise MalformedHostOption(
-                f'--host "{text}": {name} has another port already; give all its addresses one port'
-            )
+            raise MalformedHostOption(text, f"{name} has another port already; give all its addresses one port")
         entries[name] = HostsEntry(tuple(dict.fromkeys(before.addresses + entry.addresses)), entry.port)
     return entries
 
@@ -122,7 +125,7 @@ def _split_port(target: str) -> tuple[str, str | None]:
 def _parse_port(text: str, option: str) -> int:
     if text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536:
         return int(text)
-    raise MalformedHostOption(f'--host "{option}": "{text}" is not a port from 1 to 65535')
+    raise MalformedHostOption(option, f'"{text}" is not a port from 1 to 65535')
 
 
 def _parse_address(text: str) -> Address | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 
 from policies.addresses import Address
 from policies.hostnames import Hostname
@@ -31,6 +31,11 @@ class Lookups:
                 del names[next(iter(names))]
         while len(told) > self._max_addresses:
             told.popitem(last=False)
+
+    def keep(self, workloads: Container[str]) -> None:
+        """Forget what other workloads were told: there are none of theirs any more."""
+        for workload in [one for one in self._told if one not in workloads]:
+            del self._told[workload]
 
     def names_of(self, workload: str, address: Address) -> tuple[Hostname, ...]:
         """The names that gave `address` to `workload` and still do, the newest first."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:  # `run` forks before anything that is not needed until then i
     from pki.authority import Authority
     from policies.errors import Problem
     from policies.index import Policy
-    from policies.tree import Source
     from proxy.decision_log import DecisionLog
     from proxy.runtime import Settings
 
@@ -47,40 +45,36 @@ class GateOptions:
     log: str | None
 
 
-def read_gate_policy(options: GateOptions) -> tuple[Policy, tuple[Source, ...]]:
-    """The policy, and its text for the inspector. Raises Unready with every problem, one a line."""
+def read_gate_policy(options: GateOptions) -> Policy:
+    """The policy. Raises Unready with every problem, one a line."""
     from policies.errors import PolicyError
-    from proxy.policy_files import load_sources, read_sources
+    from proxy.policy_files import read_policy
 
     try:
-        sources = read_sources(options.paths)
-        policy = load_sources(sources, tags=options.tags)
+        policy = read_policy(options.paths, tags=options.tags)
     except PolicyError as error:
         raise Unready(_lines(error.problems)) from error
-    if options.workload is not None and options.workload not in policy.workloads:
+    require_workload(policy, options.workload)
+    return policy
+
+
+def require_workload(policy: Policy, workload: str | None) -> None:
+    """Raises Misused where a workload is named that the policy does not have."""
+    if workload is not None and workload not in policy.workloads:
         from policies.spelling import did_you_mean
 
-        hint = did_you_mean(options.workload, policy.workloads)
-        raise Misused(f'unknown workload "{options.workload}"; {hint}')
-    return policy, sources
+        hint = did_you_mean(workload, policy.workloads)
+        raise Misused(f'unknown workload "{workload}"; {hint}')
 
 
-def decision_log(target: str | None, sources: Sequence[Source]) -> DecisionLog:
-    """The log at `--log`, in which every record says which policy judged. Raises Unready."""
+def decision_log(target: str | None) -> DecisionLog:
+    """The log at `--log`. Raises Unready."""
     from proxy.decision_log import open_log
 
     try:
-        return open_log(target, generation=_generation_of(sources))
+        return open_log(target)
     except OSError as error:
         raise Unready(f"--log {target}: {error.strerror or error}") from error
-
-
-def _generation_of(sources: Sequence[Source]) -> str:
-    """What tells one policy from another in the log: twelve hex digits of a SHA-256 over the text of its files."""
-    digest = sha256()
-    for source in sources:
-        digest.update(f"{len(source.text)}:".encode() + source.text.encode())
-    return digest.hexdigest()[:12]
 
 
 def require_served(policy: Policy, workload: str | None) -> None:
@@ -100,7 +94,7 @@ def inspected_rule(policy: Policy, workload: str | None) -> HostRule | None:
     return next((rule for rule in rules if isinstance(rule, HostRule) and rule.tls is Tls.INSPECT), None)
 
 
-def settings_of(options: GateOptions, sources: Sequence[Source], issuing: Callable[[], str]) -> Settings:
+def settings_of(options: GateOptions, issuing: Callable[[], str]) -> Settings:
     """What the gate is told besides its policy. Raises Unready."""
     from proxy.hosts import MalformedHostOption, parse_host_options
     from proxy.runtime import Settings
@@ -112,8 +106,6 @@ def settings_of(options: GateOptions, sources: Sequence[Source], issuing: Callab
     return Settings(
         workload=options.workload,
         issuing=issuing,
-        sources=tuple(sources),
-        tags=options.tags,
         hosts=hosts,
         upstream_ca=checked_upstream_ca(options.upstream_ca),
     )

@@ -9,7 +9,9 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
+from hashlib import sha256
 from importlib import resources
 from importlib.resources.abc import Traversable
 from ipaddress import ip_network
@@ -29,34 +31,64 @@ if TYPE_CHECKING:
 _SUFFIX = ".yaml"
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What the operator wrote for one policy, read once, so that what is compiled is what was hashed.
+
+    tags  path and content of each service-tag file
+    """
+
+    sources: tuple[Source, ...]
+    tags: tuple[tuple[str, bytes], ...] = ()
+
+    @property
+    def generation(self) -> str:
+        """Tells one policy from another in the log: twelve hex digits of a SHA-256 over the files, in any order."""
+        contents = [b"policy" + source.text.encode() for source in self.sources]
+        contents += [b"tags" + content for _, content in self.tags]
+        return sha256(b"".join(sorted(sha256(content).digest() for content in contents))).hexdigest()[:12]
+
+
 def read_policy(paths: Sequence[str], *, tags: Sequence[str] = ()) -> Policy:
     """The policy of all files together; `tags` are service-tag files as Microsoft publishes them.
 
     Raises PolicyError with every problem found; a file that cannot be read is one of them.
     """
-    return load_sources(read_sources(paths), tags=tags)
+    return load_texts(read_texts(paths, tags=tags))
+
+
+def read_texts(paths: Sequence[str], *, tags: Sequence[str] = ()) -> Texts:
+    """The content of each file. Raises PolicyError with every file that cannot be read."""
+    sources = _each(paths, lambda path: decode(path, _read(path)))
+    return Texts(tuple(sources), tuple(_each(tags, lambda path: (path, _read(path)))))
+
+
+def load_texts(texts: Texts) -> Policy:
+    """The policy of texts read before, with the shipped catalogue and its generation. Raises PolicyError."""
+    imported = ServiceTags()
+    _each(texts.tags, lambda tag: imported.add(*tag))
+    with _no_collection():
+        policy = load(texts.sources, catalogue=Catalogue(), tags=imported, is_public_suffix=is_public_suffix)
+    return replace(policy, generation=texts.generation)
 
 
 def read_sources(paths: Sequence[str]) -> tuple[Source, ...]:
-    """The text of each file. Raises PolicyError with every file that cannot be read."""
-    return tuple(_each(paths, lambda path: decode(path, _read(path))))
+    """The text of each policy file. Raises PolicyError with every file that cannot be read."""
+    return read_texts(paths).sources
 
 
-def load_sources(sources: Sequence[Source], *, tags: Sequence[str] = ()) -> Policy:
-    """The policy of texts read before, with the shipped catalogue. Raises PolicyError."""
-    imported = ServiceTags()
-    _each(tags, lambda path: imported.add(path, _read(path)))
-    with _no_collection():
-        return load(sources, catalogue=Catalogue(), tags=imported, is_public_suffix=is_public_suffix)
+def load_sources(sources: Sequence[Source]) -> Policy:
+    """The policy of texts that need not have been files. Raises PolicyError."""
+    return load_texts(Texts(tuple(sources)))
 
 
-def _each[T](paths: Sequence[str], read: Callable[[str], T]) -> list[T]:
-    """`read` of each path, a path named twice once. Raises PolicyError with the problems of all."""
+def _each[F, T](files: Sequence[F], read: Callable[[F], T]) -> list[T]:
+    """`read` of each file, one named twice once. Raises PolicyError with the problems of all."""
     found: list[T] = []
     problems: list[Problem] = []
-    for path in dict.fromkeys(paths):
+    for file in dict.fromkeys(files):
         try:
-            found.append(read(path))
+            found.append(read(file))
         except PolicyError as e:
             problems += e.problems
     if problems:

@@ -83,7 +83,7 @@ def record_of(
     if bytes_received is not None:
         record["bytes.received"] = bytes_received
     if started is not None:
-        record["duration_ms"] = round((now - started) * 1000, 1)
+        record["duration_ms"] = max(0.0, round((now - started) * 1000, 1))  # the clock may have been set back
     if extra:
         record.update(extra)
     return record

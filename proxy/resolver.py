@@ -13,11 +13,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 
 from policies.addresses import Address
 from policies.hostnames import Hostname
 from proxy.hosts import HostsEntry, Nameserver
+from proxy.metric_table import Lookup
 from proxy.record import show_peer
 from proxy.wire.dns import (
     AAAA,
@@ -81,6 +83,7 @@ class Resolver:
     hosts         the operator's entries; they come first and have no TTL
     system_hosts  the machine's own hosts file, as `read_hosts_file` gives it; next, and exempt from nothing
     nameservers   asked in order, `attempts` times round, `timeout_s` each
+    told          how each lookup ended, and how long nameservers took for it, in seconds
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Resolver:
         min_ttl_s: int = 5,
         max_ttl_s: int = 300,
         max_entries: int = 10_000,
+        told: Callable[[Lookup, float], None] = lambda how, seconds: None,
     ) -> None:
         self._fixed = {name: Resolution(addresses, inf) for name, addresses in (system_hosts or {}).items()}
         for name, entry in hosts.items():
@@ -106,15 +110,22 @@ class Resolver:
         self._min_ttl_s = min_ttl_s
         self._max_ttl_s = max_ttl_s
         self._max_entries = max_entries
+        self._told = told
         self._known: OrderedDict[Hostname, Resolution | _Absent] = OrderedDict()
         self._pending: dict[Hostname, asyncio.Task[Resolution]] = {}
 
+    @property
+    def remembered(self) -> int:
+        """How many names it remembers, absent ones too."""
+        return len(self._known)
+
     def cached(self, name: Hostname) -> Resolution | None:
         """What is known of `name` without asking anybody; None also for a name known to be absent."""
-        if (fixed := self._fixed.get(name)) is not None:
-            return fixed
-        entry = self._remembered(name)
-        return entry if isinstance(entry, Resolution) else None
+        entry = self._fixed.get(name) or self._remembered(name)
+        if not isinstance(entry, Resolution):
+            return None
+        self._told(Lookup.KNOWN, 0.0)
+        return entry
 
     async def resolve(self, name: Hostname) -> Resolution:
         """The addresses of `name`. Raises NameNotFound if there are none, ResolverFailed if no server would say."""
@@ -122,11 +133,12 @@ class Resolver:
             return found
         absent = self._remembered(name)
         if isinstance(absent, _Absent):
+            self._told(Lookup.KNOWN, 0.0)
             raise NameNotFound(name, exists=absent.exists, expires=absent.expires)
         task = self._pending.get(name)
         if task is None:
             task = self._pending[name] = asyncio.create_task(self._look_up(name))
-            task.add_done_callback(lambda done: self._finish(name, done))
+            task.add_done_callback(partial(self._finish, name, self._clock()))
         await asyncio.wait((task,))  # not the task itself: one who stops waiting does not stop it for the others
         if task.cancelled():
             raise ResolverFailed(name, ["the resolver was closed"])
@@ -139,10 +151,11 @@ class Resolver:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _finish(self, name: Hostname, task: asyncio.Task[Resolution]) -> None:
+    def _finish(self, name: Hostname, begun: float, task: asyncio.Task[Resolution]) -> None:
         del self._pending[name]
         if not task.cancelled():
-            task.exception()  # those who wait see it; when all have left, asyncio would complain that nobody did
+            # Those who wait see the exception; when all have left, asyncio would complain that nobody looked at it.
+            self._told(_outcome(task.exception()), self._clock() - begun)
 
     def _remembered(self, name: Hostname) -> Resolution | _Absent | None:
         entry = self._known.get(name)
@@ -220,6 +233,12 @@ class Resolver:
         if answer.truncated:  # else its emptiness would read as an absence
             raise MalformedResponse("truncated over TCP")
         return answer
+
+
+def _outcome(error: BaseException | None) -> Lookup:
+    if error is None:
+        return Lookup.ANSWERED
+    return Lookup.NOT_FOUND if isinstance(error, NameNotFound) else Lookup.FAILED
 
 
 def _is_conclusive(outcome: Answer | list[str]) -> bool:

@@ -57,12 +57,12 @@ def run(options: GateOptions, command: Sequence[str], *, proxy_env: bool) -> int
 
 
 def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env: bool) -> int:
-    policy, sources = read_gate_policy(options)
+    policy = read_gate_policy(options)
     options = _with_workload(options, policy)
     assert options.workload is not None
     require_served(policy, options.workload)
     authority = load_authority(options.pki) if options.pki else new_authority()
-    settings = settings_of(options, sources, partial(issuing_pem, authority))
+    settings = settings_of(options, partial(issuing_pem, authority))
     environment = _environment(options, authority, settings, trust)
     if proxy_env:
         from proxy.advisory import run_advisory
@@ -93,7 +93,7 @@ async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str 
             if inspected_rule(policy, settings.workload):
                 gate.start_inspector()  # beside the command's own start, or its first request would wait for it
             sandbox.release()
-            return await sandbox.wait()  # at once: until it listens, a signal would end us instead of the command
+            return await sandbox.wait()
         finally:
             await gate.close()
 
@@ -105,7 +105,7 @@ class Told:
         from proxy.summary import Summary
 
         self._summary = Summary(policy, settings.workload or "")
-        self._log = decision_log(log, settings.sources) if log else None
+        self._log = decision_log(log) if log else None
 
     def __enter__(self) -> Told:
         return self

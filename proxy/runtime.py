@@ -8,32 +8,38 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from policies.engine import admit, carries_plain, decide, expect, identify
 from policies.hostnames import Hostname
 from policies.index import Policy
-from policies.model import UNKNOWN, Action, Address, Attempt, Reason, Stage, Verdict
+from policies.model import UNKNOWN, Action, Address, Attempt, Network, Reason, Stage, Verdict
+from proxy.compiled import NotCompiled, duplicate, read_policy, write_policy
 from proxy.epoll import Epoll
-from proxy.explicit import ExplicitProxy
+from proxy.explicit import Entrance
 from proxy.hosts import DNS_PORT, HostsEntry, Nameserver, read_hosts_file, system_nameservers, system_search
-from proxy.inspector import Configuration, Inspector
+from proxy.inspector import Bounds, Configuration, Inspector
 from proxy.limits import Limits
 from proxy.listener import Listener
 from proxy.lookups import Lookups
+from proxy.meter import Counts, Totals
 from proxy.original_dst import OriginalDst
-from proxy.record import Sink, new_id, record_of
+from proxy.own_doors import OwnDoors
+from proxy.record import Peer, Record, Sink, new_id, record_of
 from proxy.relays.dns import DnsRelay
 from proxy.resolver import Resolver
 from proxy.sandbox import ClosedPorts, Sandbox
+from proxy.upstream_proxy import SiteProxy
 
 if TYPE_CHECKING:
-    from policies.tree import Source
+    from proxy.config import UpstreamProxy
+    from proxy.verifier import Verifier
 
 NTP_PORT = 123
 SETTLE_S = 0.25
+LOOK_S = 0.005
 SETTLE_TURNS = 4  # of the loop: epoll reports, a door accepts, a hello is peeked
 
 
@@ -41,82 +47,157 @@ SETTLE_TURNS = 4  # of the loop: epoll reports, a door accepts, a hello is peeke
 class Settings:
     """What the operator says besides the policy.
 
-    workload     every connection is this workload's; None: as its source address says
     issuing      gives what signs leaves as PEM (certificate, chain, key); asked when the first connection is inspected
-    sources      the policy's own text, from which the inspector reads the same policy
-    tags         paths of service-tag files
+    compiled     the memory that the policy was read from, the gate's from now on; None: the inspector's start writes it
+    workload     every connection is this workload's; None: as its source address or its user says
     upstream_ca  path of the roots that upstreams are verified against; None: the system's
     nameservers  None: the system's
+    own_doors    addresses and ports that the gate and its supervisor listen on, which nothing may be sent to
+
+    With `upstream_proxy` nothing is dialled past the site's proxy, but what the operator names.
     """
 
     issuing: Callable[[], str]
+    compiled: BinaryIO | None = None
     workload: str | None = None
-    sources: Sequence[Source] = ()
-    tags: Sequence[str] = ()
     hosts: Mapping[Hostname, HostsEntry] = field(default_factory=dict)
     upstream_ca: str | None = None
     nameservers: Sequence[Nameserver] | None = None
+    upstream_proxy: UpstreamProxy | None = None
+    own_doors: Sequence[Peer] = ()
     limits: Limits = field(default_factory=Limits)
+    bounds: Bounds = field(default_factory=Bounds)
 
 
 class Gate:
-    """The parts of one gate. Made on a running asyncio loop; `close` ends every flow."""
+    """The parts of one gate. Made on a running asyncio loop; `close` ends every flow.
 
-    def __init__(self, policy: Policy, settings: Settings, *, original_dst: OriginalDst, record: Sink) -> None:
+    counts  told of lookups and dials
+    inner   told what the inspector counts, each time `stats` is asked
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        settings: Settings,
+        *,
+        original_dst: OriginalDst,
+        record: Sink,
+        counts: Counts | None = None,
+        inner: Totals | None = None,
+    ) -> None:
         self._settings = settings
-        self._policy = policy
+        self._policy = policy  # the one place: whoever judges reads it anew
+        self._compiled = settings.compiled
+        self._closed_for: Reason | None = None
         self._record = record
         self._lookups = Lookups()
-        self._decide = partial(decide, policy)
         nameservers = system_nameservers() if settings.nameservers is None else settings.nameservers
         system_hosts = read_hosts_file()
-        self._resolver = Resolver(settings.hosts, nameservers, system_hosts=system_hosts)
-        self._inspector = Inspector(partial(_configuration, settings, nameservers, system_hosts), record)
+        counts = counts or Counts()
+        self._resolver = Resolver(settings.hosts, nameservers, system_hosts=system_hosts, told=counts.looked_up)
+        is_own = OwnDoors(settings.own_doors).holds
+        proxy = settings.upstream_proxy
+        site = SiteProxy(proxy, settings.hosts, self._resolver, is_own=is_own) if proxy else None
+        self._inspector = Inspector(
+            partial(_configuration, settings, nameservers, system_hosts), self._duplicate, self._note, inner=inner
+        )
         self._epoll = Epoll(_report_crash)
         self._listener = Listener(
             self._epoll,
             original_dst=original_dst,
             identify=self._identify,
-            expect=partial(expect, policy),
-            carries_plain=partial(carries_plain, policy),
+            expect=lambda workload, port: expect(self._policy, workload, port),
+            carries_plain=lambda workload, port: carries_plain(self._policy, workload, port),
             decide=self._decide,
             admit=admit,
             names_of=self._lookups.names_of,
             resolver=self._resolver,
             inspect=self._inspector.inspect,
-            record=record,
+            record=self._note,
             clock=time.time,
+            generation=lambda: self.generation,
             limits=settings.limits,
+            site=site,
+            is_own=is_own,
+            dialled=counts.dialled,
         )
         self._dns = DnsRelay(
             self._decide,
             self._resolver,
             self._lookups,
-            record,
+            self._note,
             workload=self._identify,
+            generation=lambda: self.generation,
             search=system_search(),
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._closed_ports: ClosedPorts | None = None
 
+    @property
+    def generation(self) -> str:
+        """Of the policy that judges what is attempted from now on."""
+        return self._policy.generation
+
+    async def swap(self, compiled: BinaryIO) -> None:
+        """Judge by the policy in `compiled`, which is the gate's from now on.
+
+        What listens here judges by it at once; flows that were let through stay. When this returns the inspector judges
+        by it too, every request on connections that are open already included. Until then a request is judged by one
+        policy or the other, never by parts of both. Raises NotCompiled: the former policy stays.
+        """
+        try:
+            policy = read_policy(compiled)
+        except NotCompiled:
+            compiled.close()
+            raise
+        former, self._compiled = self._compiled, compiled
+        self._policy = policy
+        if former is not None:
+            former.close()
+        self._lookups.keep(policy.index)
+        await self._inspector.swap()
+
+    def close_for(self, reason: Reason | None) -> None:
+        """Deny every attempt for `reason`, until it is None. Flows that were let through stay."""
+        self._closed_for = reason
+        self._inspector.close_for(reason)
+
+    def stats(self) -> dict[str, float]:
+        """Gauges by series, for a meter. The inspector is asked for its own, and tells them to `inner`."""
+        self._inspector.ask()
+        return {
+            "outgate_connections_accepted_total": self._listener.accepted,
+            "outgate_connections_open": self._listener.open_connections,
+            "outgate_names_remembered": self._resolver.remembered,
+        }
+
     def listen(self, sock: socket.socket) -> None:
         """Serve a listening TCP socket, which is the gate's from now on."""
         self._listener.serve(sock)
 
-    def proxy(self, sock: socket.socket) -> None:
-        """Serve a listening TCP socket as an explicit proxy: CONNECT, and plain HTTP in absolute form."""
-        explicit = ExplicitProxy(
-            decide=self._decide,
-            workload=self._identify,
-            welcome=self._listener.welcome,
-            inspect=self._inspector.inspect,
-            record=self._record,
-        )
-        self._tasks.append(asyncio.create_task(explicit.serve(sock)))
+    def proxy(
+        self, sock: socket.socket, *, verifier: Verifier | None = None, balancers: Sequence[Network] = ()
+    ) -> None:
+        """Serve a listening TCP socket as an explicit proxy: CONNECT, and plain HTTP in absolute form.
+
+        `Entrance` says what the arguments are; one verifier serves any number of sockets.
+        """
+        self._listener.serve(sock, Entrance(verifier, balancers).meet)
 
     def start_inspector(self) -> None:
         """Start its process before it is needed, so that the first inspected connection does not wait for it."""
         self._inspector.start()
+
+    @property
+    def inspector_failing(self) -> bool:
+        """Its process keeps ending: what is to be inspected is refused."""
+        return self._inspector.is_failing
+
+    @property
+    def inspector_silent(self) -> bool:
+        """Its process does not answer: what is to be inspected waits."""
+        return self._inspector.is_silent
 
     def enter(self, sandbox: Sandbox) -> None:
         """Serve what a sandbox bound inside: DNS on port 53, else TCP; and hear of the ports nobody serves."""
@@ -128,30 +209,60 @@ class Gate:
             self._tasks.append(asyncio.create_task(serve(bound.socket)))
         self._closed_ports = ClosedPorts(sandbox.packets, self._note_closed_port, asyncio.get_running_loop())
 
-    async def close(self) -> None:
-        """Judge what has arrived, then end every flow. All records are written by then."""
-        await self._settle()
-        if self._closed_ports:
-            self._closed_ports.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._listener.close()
-        self._epoll.close()
-        await self._inspector.drain()
-        await self._resolver.close()
+    async def close(self, grace_s: float = SETTLE_S) -> None:
+        """Accept nothing more, let what is open end within `grace_s`, end the rest. All records are written by then.
 
-    async def _settle(self) -> None:
-        """A command may say its last words and end at once: they are in the kernel's queues, and are attempts too."""
+        It may be called again while it waits, with less grace.
+        """
         loop = asyncio.get_running_loop()
-        end = loop.time() + SETTLE_S
+        end = loop.time() + grace_s
         for _ in range(SETTLE_TURNS):
             await asyncio.sleep(0)
-        while self._listener.open_connections and loop.time() < end:  # noqa: ASYNC110 - a bounded look, once, at the end
-            await asyncio.sleep(SETTLE_S / 50)
+        if self._closed_ports:
+            self._closed_ports.close()
+        self._listener.stop()
+        # A command may say its last words and end at once: they are in the kernel's queues, and are attempts too.
+        await self._idle(min(end, loop.time() + SETTLE_S))
+        draining = asyncio.create_task(self._inspector.drain(max(0.0, end - loop.time())))
+        try:
+            await self._idle(end)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._listener.close()
+            self._epoll.close()
+            await draining
+        finally:
+            draining.cancel()
+        await self._resolver.close()
+        if self._compiled is not None:
+            self._compiled.close()
 
-    def _identify(self, address: Address) -> str:
-        return self._settings.workload or identify(self._policy, address)
+    async def _idle(self, end: float) -> None:
+        """Until the listener has no connection, or the loop's clock says `end`."""
+        loop = asyncio.get_running_loop()
+        while self._listener.open_connections and loop.time() < end:  # noqa: ASYNC110 - a bounded look, once, at the end
+            await asyncio.sleep(LOOK_S)
+
+    def _identify(self, address: Address, user: str | None = None) -> str:
+        return self._settings.workload or identify(self._policy, address, user)
+
+    def _decide(self, attempt: Attempt) -> Verdict:
+        if self._closed_for and not attempt.fault:
+            attempt = replace(attempt, fault=self._closed_for)
+        return decide(self._policy, attempt)
+
+    def _duplicate(self) -> BinaryIO:
+        """One more descriptor of the compiled policy."""
+        if self._compiled is None:
+            self._compiled = write_policy(self._policy)
+        return duplicate(self._compiled)
+
+    def _note(self, record: Record) -> None:
+        """Hand a record on. Those that take long, and the inspector's, say themselves which policy judged."""
+        if self.generation:
+            record.setdefault("policy.generation", self.generation)
+        self._record(record)
 
     def _note_closed_port(self, protocol: str, address: Address, port: int) -> None:
         """The kernel has refused it already; the verdict says whether a rule names it that this gate does not carry."""
@@ -167,21 +278,24 @@ class Gate:
         verdict = self._decide(attempt)
         if verdict.is_allow:
             verdict = Verdict(Action.DENY, Reason.NOT_SERVED, attempt.stage, verdict.rule)
-        self._record(record_of(attempt, verdict, id=new_id(), destination=(str(address), port)))
+        self._note(record_of(attempt, verdict, id=new_id(), destination=(str(address), port)))
 
 
 def _configuration(
     settings: Settings, nameservers: Sequence[Nameserver], system_hosts: Mapping[Hostname, tuple[Address, ...]]
 ) -> Configuration:
     hosts = [(name, tuple(map(str, entry.addresses)), entry.port) for name, entry in settings.hosts.items()]
+    proxy = settings.upstream_proxy
     return Configuration(
-        sources=tuple(settings.sources),
         issuing=settings.issuing(),
-        tags=tuple(settings.tags),
+        workload=settings.workload,
         upstream_ca=settings.upstream_ca,
         hosts=tuple(hosts),
         system_hosts=tuple((name, tuple(map(str, found))) for name, found in system_hosts.items()),
         nameservers=tuple(nameservers),
+        upstream_proxy=(proxy.host, proxy.port, proxy.credentials, tuple(map(str, proxy.direct))) if proxy else None,
+        own_doors=tuple(settings.own_doors),
+        bounds=settings.bounds,
     )
 
 

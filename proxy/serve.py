@@ -1,97 +1,100 @@
-"""`outgate serve`: a gate in the foreground for connections that the kernel redirects to it."""
+"""`outgate serve`: a service in the foreground, from its configuration to its exit code."""
 
 from __future__ import annotations
 
 import asyncio
-import resource
 import signal
-import socket
-from collections.abc import Callable
-from functools import partial
-from ipaddress import ip_address
+from collections.abc import Sequence
+from pathlib import Path
 
-from policies.index import Policy
-from policies.model import HostRule
-from proxy.decision_log import DecisionLog
-from proxy.options import (
-    GateOptions,
-    Misused,
-    Unready,
-    decision_log,
-    inspected_rule,
-    issuing_pem,
-    load_authority,
-    new_authority,
-    read_gate_policy,
-    require_served,
-    say,
-    settings_of,
-)
-from proxy.original_dst import redirected_dst
+from proxy.compiler import compile_policy, request_for
+from proxy.config import Config
+from proxy.doors import DoorTaken, OpenDoor, open_doors
+from proxy.log_target import Target, Turns
+from proxy.options import Misused, Unready, checked_upstream_ca, say
 from proxy.record import show_peer
-from proxy.runtime import Gate, Settings
+from proxy.supervisor import Supervisor
 
 USAGE, NOT_STARTED = 2, 3
-BACKLOG = 4096
 
 
-def serve(options: GateOptions, listen: str) -> int:
+def serve(config: Config) -> int:
     """Serve until SIGINT or SIGTERM. Returns 0; after one clear line 2 (misused) or 3 (not started)."""
     try:
-        policy, sources = read_gate_policy(options)
-        require_served(policy, options.workload)
-        inspected = inspected_rule(policy, options.workload)
-        settings = settings_of(options, sources, _issuing(options, inspected))
-        door = _open_door(listen)
-        log = decision_log(options.log, sources)
-    except Unready as error:
+        _check_files(config)
+        doors = open_doors(config)
+        _check_log(config.log)
+        asyncio.run(_serve(config, doors))
+    except (Unready, DoorTaken) as error:
         say(str(error))
         return USAGE if isinstance(error, Misused) else NOT_STARTED
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a flow takes up to six (Limits.max_connections)
-    try:
-        asyncio.run(_serve(policy, settings, door, log, starts_inspector=inspected is not None))
-    finally:
-        log.close()
     return 0
 
 
-async def _serve(
-    policy: Policy, settings: Settings, door: socket.socket, log: DecisionLog, *, starts_inspector: bool
-) -> None:
-    gate = Gate(policy, settings, original_dst=redirected_dst, record=log)
-    stop = asyncio.Event()
+def check(config: Config) -> int:
+    """Whether a gate would start with it, as far as can be told without taking its ports. Returns as `serve` does."""
+    try:
+        _check_files(config)
+        report, policy = asyncio.run(compile_policy(request_for(config)))
+    except Unready as error:
+        say(str(error))
+        return USAGE if isinstance(error, Misused) else NOT_STARTED
+    if policy:
+        policy.close()
+    say(report.closed)
+    print(f"mode {config.mode}, policy {report.generation}: would start")
+    return 0
+
+
+async def _serve(config: Config, doors: Sequence[OpenDoor]) -> None:
+    """Raises Unready."""
+    stop, hurry = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+    supervisor = Supervisor(config, doors)
+    loop.add_signal_handler(signal.SIGHUP, supervisor.hang_up)
+    starting = asyncio.create_task(supervisor.start())
+    stopping = asyncio.create_task(stop.wait())
     try:
-        gate.listen(door)
-        if starts_inspector:
-            gate.start_inspector()
-        say(f"serving redirected connections on {show_peer(door.getsockname()[:2])}")
-        await stop.wait()
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            for door in doors:
+                what = "proxy clients" if door.is_proxy else "redirected connections"
+                say(f"serving {what} on {show_peer(door.address)}")
+            if admin := supervisor.admin_address:
+                say(f"answering /readyz and /metrics on {show_peer(admin)}")
+            await supervisor.run(stop)
     finally:
-        await gate.close()
+        starting.cancel()
+        stopping.cancel()
+        await asyncio.gather(starting, stopping, return_exceptions=True)
+        await supervisor.finish(hurry)
 
 
-def _issuing(options: GateOptions, inspected: HostRule | None) -> Callable[[], str]:
-    """What signs leaves. A gate that ends no TLS needs nothing of the kind, and loads nothing for it."""
-    if inspected is None:
-        return lambda: issuing_pem(new_authority())
-    if not options.pki:
-        raise Unready(f"{inspected} is inspected: give the authority that signs its leaves with --pki DIR")
-    return partial(issuing_pem, load_authority(options.pki))
+def _check_files(config: Config) -> None:
+    """Raises Unready for a file that no worker could use: they would say so late, and each for itself."""
+    checked_upstream_ca(config.upstream_ca)
+    if config.credentials:
+        from proxy import credentials
+
+        try:
+            credentials.read_credentials(Path(config.credentials))
+        except credentials.CredentialsError as error:
+            raise Unready(str(error)) from error
+    if config.upstream_proxy and config.upstream_proxy.credentials:
+        from proxy import upstream_proxy
+
+        try:
+            upstream_proxy.read_credentials(config.upstream_proxy.credentials)
+        except upstream_proxy.CredentialsUnusable as error:
+            raise Unready(str(error)) from error
 
 
-def _open_door(listen: str) -> socket.socket:
-    """A listening socket on `ADDR:PORT` or `[ADDR6]:PORT`. Raises Misused, Unready."""
-    host, _, port = listen.rpartition(":")
+def _check_log(target: str | None) -> None:
+    """Raises Unready where the log cannot be written; each worker opens it for itself."""
     try:
-        address = ip_address(host.removeprefix("[").removesuffix("]"))
-        number = int(port)
-        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-        both = str(address) == "::" and socket.has_dualstack_ipv6()  # as every other server that is told [::]
-        return socket.create_server((str(address), number), family=family, backlog=BACKLOG, dualstack_ipv6=both)
-    except (ValueError, OverflowError) as error:
-        raise Misused(f'--listen "{listen}": write ADDR:PORT, for example 0.0.0.0:15001 or [::]:15001') from error
+        Target(target, Turns()).close()
     except OSError as error:
-        raise Unready(f"--listen {listen}: {error.strerror or error}") from error
+        raise Unready(f"--log {target}: {error.strerror or error}") from error

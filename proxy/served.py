@@ -10,18 +10,18 @@ from collections.abc import Iterable, Iterator
 
 from policies.errors import Problem
 from policies.index import Policy
-from policies.model import AnyRule, HostRule, Stage, TransportRule, Workload
+from policies.model import AnyRule, HostRule, Match, Stage, TransportRule, Workload
 
 
-def refused_keys(policy: Policy, workload: str | None) -> list[Problem]:
-    """Every key in force that this gate cannot serve. With `workload` only its rules count, and no `match`."""
-    problems = []
+def refused_keys(policy: Policy, workload: str | None, *, has_users: bool = False) -> list[Problem]:
+    """Every key in force that this gate cannot serve. With `workload` only its rules count, and no `match`.
+
+    has_users  it is an explicit proxy as well, which knows its clients by their credentials
+    """
+    problems: list[Problem] = []
     for one in _asked(policy, workload):
-        if workload is None and one.match and not one.match.address:
-            key = "kubernetes" if one.match.kubernetes else "user"
-            problems.append(
-                Problem(one.match.place, f"match: {key} is not served by this gate yet", "use match: address, or -w")
-            )
+        if workload is None and one.match:
+            problems += _refused_match(one.match, has_users=has_users)
         problems += [
             Problem(rule.place, f"{key} is not served by this gate yet", "remove it, or wait for the release that does")
             for rule in one.rules
@@ -42,6 +42,14 @@ def closed_rules(policy: Policy, workload: str | None) -> list[Problem]:
 
 def _asked(policy: Policy, workload: str | None) -> Iterable[Workload]:
     return policy.workloads.values() if workload is None else [policy.workloads[workload]]
+
+
+def _refused_match(match: Match, *, has_users: bool) -> Iterator[Problem]:
+    if match.kubernetes:
+        yield Problem(match.place, "match: kubernetes is not served by this gate yet", "use match: address, or -w")
+    if match.user and not has_users:
+        hint = "give it --proxy-listen and --credentials, or use match: address, or -w"
+        yield Problem(match.place, "match: user needs a gate that is a proxy and knows credentials", hint)
 
 
 def _refused(rule: AnyRule) -> Iterator[str]:

@@ -20,7 +20,11 @@ IMPURE = {
     "asyncio", "datetime.now", "glob", "io", "logging", "os", "pathlib", "random", "secrets", "select", "selectors",
     "shutil", "signal", "socket", "ssl", "structlog", "subprocess", "tempfile", "threading", "time", "multiprocessing",
 }  # fmt: skip
-WIRING = {"proxy/runtime.py", "proxy/options.py", "proxy/run.py", "proxy/serve.py", "proxy/advisory.py"}
+WIRING = {
+    "proxy/runtime.py", "proxy/options.py", "proxy/run.py", "proxy/serve.py", "proxy/advisory.py",
+    "proxy/config_reading.py", "proxy/supervisor.py", "proxy/reloading.py", "proxy/compiler.py",
+    "proxy/worker/host.py", "proxy/worker/main.py", "proxy/worker/wiring.py",
+}  # fmt: skip
 ENTRY = {"proxy/cli.py", "proxy/__main__.py"}
 LOADED_BY_MITMPROXY = {"addons/stock.py", "addons/outgate.py"}  # an entry of its own: it wires what it needs
 

@@ -1,4 +1,4 @@
-"""The command-line options that `run` and `serve` share."""
+"""The command-line options of a gate that is there for one command (`run`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`outgate schema`: the JSON Schema of policy files, from the tables that read them."""
+"""`outgate schema`: the JSON Schemas of policy files and of gate.yaml, from the tables that read them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ Example:
 
 
 @click.command(epilog=EPILOG)
-def schema() -> None:
-    """Print the JSON Schema of policy files, for editors that complete and check by it."""
+@click.option("--gate", "of_gate", is_flag=True, help="That of gate.yaml, the configuration of outgate serve.")
+def schema(of_gate: bool) -> None:
+    """Print the JSON Schema of policy files, or of gate.yaml, for editors that complete and check by it."""
     from policies.schema import schema as policy_schema
+    from proxy.config_file import gate_schema
     from proxy.console import Console
 
-    Console().json(policy_schema())
+    Console().json(gate_schema() if of_gate else policy_schema())

@@ -1,7 +1,8 @@
-"""mitmproxy's HTTP layers at work on sockets, without its Master: the addons decide, this moves bytes and keeps bounds.
+"""Every connection under inspection: takes them over, keeps bounds and deadlines, and lets go of them.
 
-TLS is the standard library's and ends in the transports, so the layers see HTTP alone. Hooks are called where they are
-met instead of in a task each; that, and options that are plain attributes, is most of what an embedded request saves.
+mitmproxy's HTTP layers work on them (`inspection`) without its Master. TLS is the standard library's and ends in the
+transports, so the layers see HTTP alone. Hooks are called where they are met instead of in a task each; that, and
+options that are plain attributes, is most of what an embedded request saves.
 """
 
 from __future__ import annotations
@@ -10,44 +11,23 @@ import asyncio
 import errno
 import socket
 import ssl
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
-from types import SimpleNamespace
-from typing import cast
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 
-from mitmproxy.connection import Client, Connection, ConnectionState
-from mitmproxy.options import Options
-from mitmproxy.proxy import commands, events
-from mitmproxy.proxy.mode_specs import ProxyMode
-
-from addons.judge import BAD_GATEWAY, TIMEOUT, Conversation, Unreachable
+from addons.answers import Answer
+from addons.judge import Conversation
 from addons.upstream import Upstream
-from policies.model import Reason
+from policies.model import Reason, Verdict
 from proxy.inspector.handover import Bounds, Handover
-from proxy.inspector.http1 import AbortConnection, ConnectionBroken, Frame, Hooks, Http, Stream
-from proxy.inspector.reading import MalformedHead
-from proxy.inspector.side import Hold, Side
+from proxy.inspector.inspection import Inspection
+from proxy.inspector.side import Hold
+from proxy.inspector.streams import Hooks
+from proxy.wire.client_hello import MAX_HELLO, MalformedHello, parse_hello
 
 SWEEP_S = 1.0
-
-_MODE = ProxyMode.parse("transparent")
-# What the layers read of mitmproxy's options. Its own Options copies a value deeply whenever one is read.
-_OPTIONS = cast(
-    Options,
-    SimpleNamespace(
-        body_size_limit=None,
-        connection_strategy="lazy",
-        keep_host_header=True,
-        normalize_outbound_headers=False,
-        proxy_debug=False,
-        rawtcp=True,
-        store_streamed_bodies=False,
-        stream_large_bodies=None,
-        validate_inbound_headers=True,
-        websocket=False,
-    ),
-)
+GOODBYE_S = 2.0  # for a client's close_notify after ours; RFC 8446 6.1: nobody need wait for it
+ORIGIN_S = 600.0  # an origin that changes its protocol is asked again after so long
+MAX_ORIGINS = 4096
 
 
 def hooks_of(addons: Sequence[object]) -> Hooks:
@@ -59,7 +39,9 @@ def hooks_of(addons: Sequence[object]) -> Hooks:
 class Core:
     """Every connection that is being inspected.
 
-    refuse  judges and records what is no request; gives the bytes of the answer
+    context_of  the TLS context that shows a host's leaf and speaks one protocol (ALPN)
+    opening     the verdict on a connection's TLS
+    refuse  judges and records what is no request; gives the answer. Without a status there will be none
     lost    told of a connection whose TLS handshake failed, with what went wrong
     failed  told of an exception of ours, so that a person hears of it
     """
@@ -71,8 +53,9 @@ class Core:
         conversations: dict[str, Conversation],
         bounds: Bounds,
         *,
-        context_of: Callable[[str], ssl.SSLContext],
-        refuse: Callable[[Conversation, str, int, Reason], bytes],
+        context_of: Callable[[str, bytes], ssl.SSLContext],
+        opening: Callable[[Conversation], Verdict],
+        refuse: Callable[[Conversation, str, int | None, Reason], Answer],
         lost: Callable[[Handover, Reason, str], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -80,12 +63,15 @@ class Core:
         self.upstream = upstream
         self.conversations = conversations
         self.bounds = bounds
+        self.opening = opening
         self.refuse = refuse
+        self.origins = Origins()
         self.failed = failed
         self._context_of = context_of
         self._lost = lost
         self._inspections: set[Inspection] = set()
         self._by_source: Counter[str] = Counter()  # those that begin, and those in `_inspections`
+        self.is_leaving = False
         self._is_held = False
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -120,13 +106,19 @@ class Core:
         loop = asyncio.get_running_loop()
         if handover.plain:
             await loop.connect_accepted_socket(lambda: inspection.client, sock)
-        else:
+            return
+        protocol = await inspection.agree(_offers(sock))
+        try:
             await loop.connect_accepted_socket(
                 lambda: inspection.client,
                 sock,
-                ssl=self._context_of(handover.host or ""),
+                ssl=self._context_of(handover.host or "", protocol),
                 ssl_handshake_timeout=self.bounds.handshake_s,
+                ssl_shutdown_timeout=GOODBYE_S,
             )
+        except BaseException:
+            inspection.discard()
+            raise
 
     def turn_away(self, handover: Handover) -> None:
         """Record a connection that is one too many, or that came when descriptors had run out."""
@@ -151,6 +143,11 @@ class Core:
             del self._by_source[source]
 
     @property
+    def open_connections(self) -> int:
+        """How many are inspected now, those that begin included."""
+        return self._by_source.total()
+
+    @property
     def is_idle(self) -> bool:
         """No connection is open."""
         return not self._inspections
@@ -160,6 +157,12 @@ class Core:
         self._is_held = is_held
         for inspection in self._inspections:
             (inspection.client.hold if is_held else inspection.client.release)(Hold.RECORDS)
+
+    def leave(self) -> None:
+        """Ask every client to go elsewhere; what is under way goes on."""
+        self.is_leaving = True
+        for inspection in tuple(self._inspections):
+            inspection.leave()
 
     def close(self) -> None:
         """Cut every connection."""
@@ -175,234 +178,37 @@ class Core:
         self._sweeper = loop.call_later(SWEEP_S, self._sweep) if self._inspections else None
 
 
-class Inspection:
-    """One client connection and the upstream connection beside it."""
+class Origins:
+    """Which HTTP origins spoke lately, so that only the first connection has to find out before it answers."""
 
-    def __init__(self, core: Core, handover: Handover) -> None:
-        self.core = core
-        self._conversation = Conversation(
-            handover.workload, handover.port, handover.plain, handover.source, handover.host, handover.destination
-        )
-        client = Client(
-            peername=handover.source,
-            sockname=handover.destination or ("", handover.port),
-            timestamp_start=handover.opened,
-            proxy_mode=_MODE,
-            state=ConnectionState.OPEN,
-            sni=handover.host,
-            tls=not handover.plain,
-        )
-        context = Frame(client, _OPTIONS)
-        context.server.address = (handover.host or "", handover.port)
-        context.server.tls = not handover.plain
-        self.client = Side(self, client)
-        self._http = Http(context, core.hooks, self._refuse)
-        self._sides: dict[Connection, Side] = {}
-        self._dial: asyncio.Task[None] | None = None
-        self._dialled_for: commands.OpenConnection | None = None
-        self._active = 0.0
-        self._head_since: float | None = None
-        self._is_half_closed = False
-        self._is_broken = False
+    def __init__(self) -> None:
+        self._spoken: OrderedDict[object, tuple[bytes, float]] = OrderedDict()
 
-    @property
-    def source(self) -> str:
-        return self._conversation.source[0]
+    def spoken(self, conversation: Conversation) -> bytes | None:
+        """`h2` or `http/1.1`; None: nobody knows."""
+        protocol, until = self._spoken.get(_origin_of(conversation), (None, 0.0))
+        return protocol if asyncio.get_running_loop().time() < until else None
 
-    # --- what the sockets say ---
+    def note(self, conversation: Conversation, protocol: bytes) -> None:
+        origin = _origin_of(conversation)
+        self._spoken[origin] = protocol, asyncio.get_running_loop().time() + ORIGIN_S
+        self._spoken.move_to_end(origin)
+        if len(self._spoken) > MAX_ORIGINS:
+            self._spoken.popitem(last=False)
 
-    def made(self, side: Side) -> None:
-        if side is not self.client:
-            return  # the dial that waits for it goes on
-        client = side.connection
-        client.timestamp_tls_setup = time.time() if client.tls else None
-        self._sides[client] = side
-        self.core.conversations[client.id] = self._conversation
-        self.core.begin(self)
-        self._feed(events.Start())
 
-    def received(self, side: Side, data: bytes) -> None:
-        if side.connection in self._sides:
-            self._feed(events.DataReceived(side.connection, data))
-        else:
-            side.close(abort=True)  # an origin that speaks before it was asked would answer the next request
+def _origin_of(conversation: Conversation) -> object:
+    """Each workload finds out for itself: what one has reached is no other's to know."""
+    return conversation.workload, conversation.opened_for, conversation.port
 
-    def half_closed(self, side: Side) -> bool:
-        """Whether to keep the connection: a client on a plain port may end its side and still wait for the response."""
-        self._is_half_closed = (
-            side is self.client and self._conversation.plain and self._http.client_side.awaits_response
-        )
-        return self._is_half_closed
 
-    def lost(self, side: Side, error: Exception | None) -> None:
-        connection = side.connection
-        if self._sides.pop(connection, None):
-            connection.state = ConnectionState.CLOSED
-            self._feed(ConnectionBroken(connection) if error else events.ConnectionClosed(connection))
-        if side is self.client:
-            self._end()
-
-    def hold_others(self, slow: Side) -> None:
-        for side in self._sides.values():
-            if side is not slow:
-                side.hold(Hold.SLOW_READER)
-
-    def release_others(self, slow: Side) -> None:
-        self._active = asyncio.get_running_loop().time()
-        for side in self._sides.values():
-            if side is not slow:
-                side.release(Hold.SLOW_READER)
-
-    def check_deadlines(self, now: float) -> None:
-        bounds, client_side = self.core.bounds, self._http.client_side
-        if self.client.connection not in self._sides:
-            return
-        if self._head_since is not None and now - self._head_since > bounds.head_s:
-            self._carry_out(client_side.refuse(MalformedHead(f"no whole head within {bounds.head_s:g} s", TIMEOUT)))
-        elif now - self._active > bounds.idle_s and not self._dial:
-            if client_side.awaits_response:
-                note = f"nothing moved for {bounds.idle_s:g} s"
-                self._conversation.failure = Unreachable(Reason.UPSTREAM_TIMEOUT, note)
-                self._drop_upstream()
-            else:
-                close = commands.CloseConnection if client_side.is_drained else AbortConnection
-                self._carry_out([close(self.client.connection)])
-
-    def cut(self) -> None:
-        for side in {self.client, *self._sides.values()}:
-            side.transport.abort()
-
-    # --- what the layers say ---
-
-    def _feed(self, event: events.Event) -> None:
-        self._active = asyncio.get_running_loop().time()
-        self._carry_out(self._http.handle_event(event))
-
-    def _carry_out(self, made: Iterable[commands.Command]) -> None:
-        """Do what the layers command, and what follows from it, until they have nothing more to say."""
-        if self._is_broken:
-            return
-        following: deque[events.Event] = deque()
-        try:
-            while True:
-                for command in made:
-                    if (event := self._obey(command)) is not None:
-                        following.append(event)
-                if not following:
-                    break
-                made = self._http.handle_event(following.popleft())
-            self._settle()
-        except Exception as error:
-            self._crash(error)
-
-    def _obey(self, command: commands.Command) -> events.Event | None:
-        match command:
-            case commands.SendData():
-                if side := self._sides.get(command.connection):
-                    side.write(command.data)
-            case commands.Log():
-                pass  # the decision record says what happened
-            case commands.OpenConnection():
-                self._dialled_for = command
-                self._dial = asyncio.create_task(self._open(command))
-            case commands.CloseConnection():
-                return self._close(command.connection, abort=isinstance(command, AbortConnection))
-            case _:
-                raise NotImplementedError(type(command).__name__)
-        return None
-
-    def _close(self, connection: Connection, *, abort: bool) -> events.Event | None:
-        side = self._sides.pop(connection, None)
-        if side is None:
-            return None
-        connection.state = ConnectionState.CLOSED
-        side.close(abort=abort, unread=side is self.client and not self._http.client_side.is_drained)
-        return events.ConnectionClosed(connection)
-
-    def _settle(self) -> None:
-        """What follows from the state that the layers are in now."""
-        for side in tuple(self._sides.values()):
-            side.flush()
-        if self.client.connection not in self._sides:
-            self._drop_upstream()
-            return
-        client_side = self._http.client_side
-        (self.client.hold if client_side.is_ahead else self.client.release)(Hold.SENDS_AHEAD)
-        if not client_side.buf or not client_side.awaits_head:
-            self._head_since = None
-        elif self._head_since is None:
-            self._head_since = self._active
-        if self._is_half_closed and not client_side.awaits_response:
-            self._carry_out([commands.CloseConnection(self.client.connection)])
-
-    async def _open(self, command: commands.OpenConnection) -> None:
-        connection = command.connection
-        side = Side(self, connection)
-        fault = None
-        try:
-            transport = await self.core.upstream.open(self._conversation, lambda: side)
-            if transport.is_closing():
-                raise Unreachable(Reason.UPSTREAM_FAILED, "it spoke before it was asked, or closed at once")
-        except Unreachable as failure:
-            self._conversation.failure = failure
-            fault = str(failure)
-        except Exception as error:
-            self._crash(error)
-            return
-        else:
-            connection.state = ConnectionState.OPEN
-            connection.timestamp_start = time.time()
-            connection.peername = transport.get_extra_info("peername")[:2]
-            connection.sockname = transport.get_extra_info("sockname")[:2]
-            self._sides[connection] = side
-        self._dial = None
-        self._feed(events.OpenConnectionCompleted(command, fault))
-        self._feed(events.DataReceived(self.client.connection, b""))  # what came meanwhile is read now
-
-    def _refuse(self, fault: MalformedHead) -> bytes:
-        reason = Reason.HELLO_TIMEOUT if fault.status == TIMEOUT else Reason.MALFORMED_REQUEST
-        return self.core.refuse(self._conversation, str(fault), fault.status, reason)
-
-    def _drop_upstream(self) -> None:
-        if self._dial and self._dialled_for:
-            self._dial.cancel()
-            self._dial = None
-            # The request that waits for it hears of its end only now.
-            self._feed(events.OpenConnectionCompleted(self._dialled_for, "given up"))
-        for connection in [one for one in self._sides if one is not self.client.connection]:
-            if side := self._sides.pop(connection, None):
-                side.close(abort=True)
-            connection.state = ConnectionState.CLOSED
-            self._feed(ConnectionBroken(connection))
-
-    def _crash(self, error: Exception) -> None:
-        """An exception of ours ends this connection alone; its requests are recorded, and answered if possible."""
-        self._is_broken = True
-        self.core.failed(error)
-        try:
-            self._account_for(type(error).__name__)
-        except Exception as another:
-            self.core.failed(another)
-            self.cut()
-
-    def _account_for(self, note: str) -> None:
-        client_side = self._http.client_side
-        streams = [one for one in self._http.streams.values() if isinstance(one, Stream) and one.is_judged]
-        for stream in streams:
-            self._conversation.failure = Unreachable(Reason.GATE_FAILED, note)
-            stream.call("error")
-        if not streams:
-            reply = self.core.refuse(self._conversation, note, BAD_GATEWAY, Reason.GATE_FAILED)
-            if client_side.response is None:
-                self._obey(commands.SendData(self.client.connection, reply))
-        for command in client_side.end(streams[0] if streams else None):
-            self._obey(command)
-        self._drop_upstream()
-
-    def _end(self) -> None:
-        self._drop_upstream()
-        self.core.end(self)
-        self.core.conversations.pop(self.client.connection.id, None)
+def _offers(sock: socket.socket) -> tuple[bytes, ...]:
+    """The protocols that the ClientHello offers, which is left in the kernel's queue for TLS to read."""
+    try:
+        hello = parse_hello(sock.recv(MAX_HELLO, socket.MSG_PEEK))
+    except (MalformedHello, BlockingIOError):  # TLS itself will say what is wrong with it
+        return ()
+    return hello.alpn if hello else ()
 
 
 def _tls_reason(error: ssl.SSLError) -> Reason:

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from policies.hostnames import Hostname
-from policies.load import Source
 from proxy.record import Peer
 
 
@@ -14,13 +13,15 @@ from proxy.record import Peer
 class Handover:
     """A connection that the listener gives away; nothing was read from it.
 
-    host         the SNI; None on a plain port
+    host         the SNI; on a plain port the name that a CONNECT asked for, else None
     port         the original destination's
     destination  the original destination, where the listener knows it
     opened       POSIX seconds
     user         the name of the proxy credential that was verified, if one was
     proxied      plain requests in absolute form, as to an explicit proxy: each names its own host and port
-    credential   digest of the `Proxy-Authorization` that was verified: later requests must carry the same
+    credential   `addons.credential.seal` of the `Proxy-Authorization` that was verified: a later request on a proxied
+                 connection must carry the same (`is_sealed`), else it is answered 407; None: none was asked for, and
+                 what requests carry has no bearing
     """
 
     id: str
@@ -60,23 +61,25 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """All that an inspector needs; it holds the issuing CA's key, so it travels in memory only.
+    """All that an inspector needs besides the policy; it holds the issuing CA's key, so it travels in memory only.
 
-    sources      the policy files, read once by the gate, so that both judge by the same text
-    tags         paths of service-tag files
     issuing      PEM: the issuing CA's certificate, what is sent after it, and its key
+    workload     every connection is this workload's; None: as its source address or its user says
     upstream_ca  path of a PEM file; None: the system's store
     hosts        name to addresses and port, as the operator said; `system_hosts` as the machine says
     nameservers  address and port each
+    upstream_proxy  the site's proxy: host, port, path of its credentials, names and prefixes that are dialled directly
+    own_doors    addresses and ports that the gate listens on
     """
 
-    sources: tuple[Source, ...]
     issuing: str = field(repr=False)
-    tags: tuple[str, ...] = ()
+    workload: str | None = None
     upstream_ca: str | None = None
     hosts: tuple[tuple[Hostname, tuple[str, ...], int | None], ...] = ()
     system_hosts: tuple[tuple[Hostname, tuple[str, ...]], ...] = ()
     nameservers: tuple[tuple[str, int], ...] = ()
+    upstream_proxy: tuple[str, int, str | None, tuple[str, ...]] | None = None
+    own_doors: tuple[tuple[str, int], ...] = ()
     bounds: Bounds = Bounds()
 
     def to_bytes(self) -> bytes:
@@ -85,13 +88,15 @@ class Configuration:
     @classmethod
     def from_bytes(cls, text: bytes) -> Configuration:
         fields = json.loads(text)
+        site = fields["upstream_proxy"]
         return cls(
-            sources=tuple(Source(**source) for source in fields["sources"]),
             issuing=fields["issuing"],
-            tags=tuple(fields["tags"]),
+            workload=fields["workload"],
             upstream_ca=fields["upstream_ca"],
             hosts=tuple((name, tuple(addresses), port) for name, addresses, port in fields["hosts"]),
             system_hosts=tuple((name, tuple(addresses)) for name, addresses in fields["system_hosts"]),
             nameservers=tuple((address, port) for address, port in fields["nameservers"]),
+            upstream_proxy=site and (*site[:3], tuple(site[3])),
+            own_doors=tuple((address, port) for address, port in fields["own_doors"]),
             bounds=Bounds(**fields["bounds"]),
         )

@@ -7,7 +7,7 @@ responses (mitmproxy takes the first head for the last one), the answers, and wh
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 import h11
@@ -20,53 +20,39 @@ from mitmproxy.net.http.http1 import (
 from mitmproxy.proxy import commands, events
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.layer import CommandGenerator
-from mitmproxy.proxy.layers import tcp
 from mitmproxy.proxy.layers.http import (
-    DropStream,
     GetHttpConnection,
     GetHttpConnectionCompleted,
-    HttpClient,
     HttpLayer,
     HTTPMode,
     HttpStream,
-    RegisterHttpConnection,
-    SendHttp,
 )
-from mitmproxy.proxy.layers.http._base import ReceiveHttp
+from mitmproxy.proxy.layers.http._base import HttpConnection, ReceiveHttp
 from mitmproxy.proxy.layers.http._events import (
     ErrorCode,
     HttpEvent,
     RequestHeaders,
     RequestProtocolError,
-    ResponseData,
     ResponseEndOfMessage,
     ResponseHeaders,
     ResponseProtocolError,
 )
-from mitmproxy.proxy.layers.http._hooks import HttpResponseHook
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Connection, Http1Server, make_body_reader
 
-from addons.gate import ANSWER, JUDGEMENT, MALFORMED_BODY, STALE
+from addons.answers import Answer
+from addons.gate import ANSWER, MALFORMED_BODY, STALE
 from proxy.inspector.reading import MAX_LINE, Chunks, HeadBuffer, MalformedHead, read_request, read_response
+from proxy.inspector.streams import (
+    AbortConnection,
+    ConnectionBroken,
+    Hooks,
+    Informational,
+    Opening,
+    Stream,
+    informational,
+)
 
-type Hooks = Mapping[str, Sequence[Callable[[http.HTTPFlow], None]]]
-
-
-class Frame(Context):
-    """A context whose copies share its server; mitmproxy makes a new one for each copy, and throws it away."""
-
-    def fork(self) -> Frame:
-        copy = Frame.__new__(Frame)
-        copy.client, copy.options, copy.server, copy.layers = self.client, self.options, self.server, self.layers.copy()
-        return copy
-
-
-class ConnectionBroken(events.ConnectionClosed):
-    """The peer is gone without having ended its side (a reset): a body that only the end delimits is not whole."""
-
-
-class AbortConnection(commands.CloseConnection):
-    """Close so that the peer notices that its response is not whole."""
+MAX_INFORMATIONAL = 32  # responses before the response; an origin could send them for ever
 
 
 class _Strict(Http1Connection):
@@ -82,24 +68,28 @@ class _Strict(Http1Connection):
 
     def read_body(self, event: events.Event) -> CommandGenerator[None]:
         assert self.stream_id is not None
-        while True:
-            try:
-                if isinstance(event, ConnectionBroken):
-                    raise h11.RemoteProtocolError("the connection was reset")
-                found = self.body_reader.read_eof() if is_closed(event) else self.body_reader(self.buf)
-                if found is None and len(self.buf) > MAX_LINE:
-                    raise h11.RemoteProtocolError("a chunk's size line or the trailers have no end")
-            except h11.ProtocolError as error:
-                yield from self.break_off(event, str(error))
-                return
-            if found is None:
-                return
-            if isinstance(found, h11.Data):
-                yield ReceiveHttp(self.ReceiveData(self.stream_id, bytes(found.data)))
-                continue
+        fault, found, parts = None, None, []
+        try:
+            if isinstance(event, ConnectionBroken):
+                raise h11.RemoteProtocolError("the connection was reset")
+            while isinstance(found := self._read_part(event), h11.Data):
+                parts.append(bytes(found.data))
+        except h11.ProtocolError as error:
+            fault = str(error)
+        if parts:  # as one: chunks of a byte each would keep every other connection waiting for seconds
+            yield ReceiveHttp(self.ReceiveData(self.stream_id, b"".join(parts)))
+        if fault is not None:
+            yield from self.break_off(event, fault)
+        elif found is not None:
             yield ReceiveHttp(self.ReceiveEndOfMessage(self.stream_id))
             yield from self.mark_done(request=self.reads_requests, response=not self.reads_requests)
-            return
+
+    def _read_part(self, event: events.Event) -> h11.Data | h11.EndOfMessage | None:
+        """Raises h11.ProtocolError."""
+        found = self.body_reader.read_eof() if is_closed(event) else self.body_reader(self.buf)
+        if found is None and len(self.buf) > MAX_LINE:
+            raise h11.RemoteProtocolError("a chunk's size line or the trailers have no end")
+        return found
 
     @abstractmethod
     def break_off(self, event: events.Event, note: str) -> CommandGenerator[None]:
@@ -112,16 +102,26 @@ class ClientSide(_Strict, Http1Server):
     reads_requests = True
 
     def __init__(
-        self, context: Context, streams: Mapping[int, HttpStream], refuse: Callable[[MalformedHead], bytes]
+        self, context: Context, streams: Mapping[int, HttpStream], refuse: Callable[[MalformedHead], Answer]
     ) -> None:
         super().__init__(context)
         self.buf = HeadBuffer()
+        self.has_next = False  # what came behind a request waits for a turn of its own
+        self._is_ending = False
         self._streams = streams
         self._refuse = refuse
 
+    def mark_done(self, *, request: bool = False, response: bool = False) -> CommandGenerator[None]:
+        """mitmproxy reads the next request inside the end of this one: 160 denials at once would end at Python's
+        recursion limit, and nobody else has a turn until then."""
+        self._is_ending = True
+        yield from super().mark_done(request=request, response=response)
+        self._is_ending = False
+
     @property
-    def awaits_head(self) -> bool:
-        return self.state == self.read_headers
+    def head_begun(self) -> int | None:
+        """Which head has begun and not ended."""
+        return self.stream_id if self.buf and not self.has_next and self.state == self.read_headers else None
 
     @property
     def awaits_response(self) -> bool:
@@ -131,7 +131,7 @@ class ClientSide(_Strict, Http1Server):
     @property
     def is_ahead(self) -> bool:
         """The client has sent more than a little of what is not its turn yet."""
-        return len(self.buf) > MAX_LINE and (self.awaits_response or self._awaits_origin)
+        return len(self.buf) > MAX_LINE and (self.has_next or self.awaits_response or self._awaits_origin)
 
     @property
     def _awaits_origin(self) -> bool:
@@ -142,11 +142,14 @@ class ClientSide(_Strict, Http1Server):
     @property
     def is_drained(self) -> bool:
         """Nothing is on its way that would be left unread by closing now."""
-        return not self.buf and (self.request_done or self.awaits_head)
+        return not self.buf and (self.request_done or self.state == self.read_headers)
 
     def read_headers(self, event: events.ConnectionEvent) -> CommandGenerator[None]:
         if is_closed(event):
             yield from super().read_headers(event)
+            return
+        self.has_next = self._is_ending
+        if self.has_next:
             return
         try:
             head = self.buf.take_head()
@@ -168,7 +171,7 @@ class ClientSide(_Strict, Http1Server):
 
     def refuse(self, fault: MalformedHead) -> CommandGenerator[None]:
         self.state = self.done
-        yield commands.SendData(self.conn, self._refuse(fault))
+        yield commands.SendData(self.conn, self._refuse(fault).to_bytes())
         yield commands.CloseConnection(self.conn)
 
     def break_off(self, event: events.Event, note: str) -> CommandGenerator[None]:
@@ -187,6 +190,9 @@ class ClientSide(_Strict, Http1Server):
             yield from self.end(self._streams.get(event.stream_id))
         elif isinstance(event, ResponseHeaders) and event.response.status_code == 100:
             yield commands.SendData(self.conn, b"HTTP/1.1 100 Continue\r\n\r\n")  # not yet the response
+        elif isinstance(event, Informational):
+            if self.request and self.request.is_http11:  # RFC 9110 15.2: an HTTP/1.0 client knows none
+                yield commands.SendData(self.conn, _assemble(event.response))
         else:
             yield from super().send(event)
 
@@ -205,7 +211,7 @@ class ClientSide(_Strict, Http1Server):
 
 
 class UpstreamSide(_Strict, Http1Client):
-    """The origin's end. Informational responses stop here."""
+    """The origin's end. `is_free`: a request may be sent on it."""
 
     reads_requests = False
 
@@ -213,10 +219,16 @@ class UpstreamSide(_Strict, Http1Client):
         super().__init__(context)
         self.buf = HeadBuffer()
         self._has_served = False
+        self._informational = 0
+
+    @property
+    def is_free(self) -> bool:
+        return self.stream_id is None and self.conn.connected
 
     def mark_done(self, *, request: bool = False, response: bool = False) -> CommandGenerator[None]:
         yield from super().mark_done(request=request, response=response)
         self._has_served = self._has_served or self.request is None
+        self._informational = 0
 
     def read_headers(self, event: events.ConnectionEvent) -> CommandGenerator[None]:
         if is_closed(event) and self.request and self._has_served and not self.buf:
@@ -225,20 +237,29 @@ class UpstreamSide(_Strict, Http1Client):
         if is_closed(event) or self.request is None:
             yield from super().read_headers(event)
             return
+        assert self.stream_id is not None
         try:
             while (head := self.buf.take_head()) is not None:
                 self.response = read_response(head, self.request)
+                self.check_response(self.response)
                 if self.response.status_code >= 200 or self.response.status_code == 101:
                     break
+                self._informational += 1
+                if self._informational > MAX_INFORMATIONAL:
+                    raise MalformedHead("it sends one informational response after another")
+                if self.response.status_code != 100:  # which the gate itself gave, if it was asked for
+                    yield ReceiveHttp(Informational(self.stream_id, informational(self.response)))
             else:
                 return
             size = expected_http_body_size(self.request, self.response)
         except ValueError as error:
             yield from self.break_off(event, str(error))
             return
-        assert self.stream_id is not None
         yield ReceiveHttp(ResponseHeaders(self.stream_id, self.response, size == 0))
         yield from self.await_body(size)
+
+    def check_response(self, response: http.Response) -> None:
+        """Raises MalformedHead for what the client's protocol cannot carry."""
 
     def break_off(self, event: events.Event, note: str) -> CommandGenerator[None]:
         assert self.stream_id is not None
@@ -246,90 +267,21 @@ class UpstreamSide(_Strict, Http1Client):
         yield ReceiveHttp(ResponseProtocolError(self.stream_id, note, ErrorCode.GENERIC_SERVER_ERROR))
 
 
-class Opening(HttpClient):
-    """Waits for the upstream connection, then speaks HTTP/1.1 on it."""
-
-    def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
-        fault: str | None = yield commands.OpenConnection(self.context.server)
-        if not fault:
-            self.child_layer = UpstreamSide(self.context)
-            self._handle_event = self.child_layer.handle_event  # type: ignore[method-assign]  # as mitmproxy does
-            yield from self.child_layer.handle_event(event)
-        yield RegisterHttpConnection(self.context.server, fault)
-
-
-class Stream(HttpStream):
-    """One request and its response. An answer that the gate set at the headers goes out at once."""
-
-    def __init__(self, context: Context, stream_id: int, hooks: Hooks) -> None:
-        super().__init__(context, stream_id)
-        self._hooks = hooks
-
-    def _handle_event(self, event: events.Event) -> CommandGenerator[None]:
-        """Calls hooks where mitmproxy would suspend the stream for each and come back to it through every layer."""
-        made = super()._handle_event(event)
-        reply = None
-        while True:
-            try:
-                command = made.send(reply)
-            except StopIteration:
-                return
-            if isinstance(command, commands.StartHook):
-                self.call(command.name)
-                reply = None
-            else:
-                reply = yield command
-
-    @property
-    def is_judged(self) -> bool:
-        return hasattr(self, "flow") and JUDGEMENT in self.flow.metadata
-
-    def call(self, name: str) -> None:
-        for hook in self._hooks.get(name, ()):
-            hook(self.flow)
-
-    def check_invalid(self, request: bool) -> CommandGenerator[bool]:
-        """Both heads were read strictly before they came here; the rest is the judge's."""
-        yield from ()
-        return False
-
-    def check_killed(self, emit_error_hook: bool) -> CommandGenerator[bool]:
-        flow = self.flow
-        if flow.response is None or flow.error or self.client_state != self.state_wait_for_request_headers:
-            return (yield from super().check_killed(emit_error_hook))
-        content = flow.response.raw_content or b""
-        client = self.context.client
-        yield HttpResponseHook(flow)
-        yield SendHttp(ResponseHeaders(self.stream_id, flow.response, not content), client)
-        if content:
-            yield SendHttp(ResponseData(self.stream_id, content), client)
-        yield SendHttp(ResponseEndOfMessage(self.stream_id), client)
-        if flow.response.headers.get("connection") == "close":
-            yield commands.CloseConnection(client)  # the body, if any, is not read
-        self.client_state = self.server_state = self.state_errored
-        flow.live = False
-        yield DropStream(self.stream_id)
-        return True
-
-    def flow_done(self) -> CommandGenerator[None]:
-        """After an Upgrade bytes are carried as they come: mitmproxy would collect whole websocket messages."""
-        assert self.flow.response
-        if self.flow.response.status_code != 101:
-            yield from super().flow_done()
-            return
-        self.flow.live = False
-        self.child_layer = tcp.TCPLayer(self.context, ignore=True)
-        self._handle_event = self.passthrough  # type: ignore[method-assign]  # as mitmproxy does
-        yield from self.child_layer.handle_event(events.Start())
-        yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
-
-
 class Http(HttpLayer):
     """All requests of one client connection, and the one upstream connection they share."""
 
-    def __init__(self, context: Context, hooks: Hooks, refuse: Callable[[MalformedHead], bytes]) -> None:
+    client_side: ClientSide
+
+    def __init__(
+        self,
+        context: Context,
+        hooks: Hooks,
+        refuse: Callable[[MalformedHead], Answer],
+        may_carry: Callable[[Server], bool],
+    ) -> None:
         super().__init__(context, HTTPMode.transparent)
         self._hooks = hooks
+        self._may_carry = may_carry
         self.client_side = ClientSide(context.fork(), self.streams, refuse)
         self.connections[context.client] = self.client_side
 
@@ -339,17 +291,48 @@ class Http(HttpLayer):
 
     def get_connection(self, event: GetHttpConnection, *, reuse: bool = True) -> CommandGenerator[None]:
         """TLS to the origin is the transport's work, so no TLS layer is built; a closed connection is forgotten."""
-        for connection in [one for one in self.connections if isinstance(one, Server)]:
-            if connection.connected:
-                waiting = self.command_sources.pop(event)
-                yield from self.event_to_child(waiting, GetHttpConnectionCompleted(event, (connection, None)))
+        for connection in self.upstreams():
+            if connection.connected and connection.address == event.address and self._may_carry(connection):
+                yield from self.give(event, connection)
                 return
-            del self.connections[connection]
+            # For another host (a proxied request), or to an address that is admitted no more.
+            if connection.connected:  # of its end this layer is told later
+                yield commands.CloseConnection(connection)
+            else:
+                del self.connections[connection]
+        yield from self.dial(event, UpstreamSide)
+
+    def upstreams(self) -> list[Server]:
+        return [one for one in self.connections if isinstance(one, Server)]
+
+    def give(self, event: GetHttpConnection, connection: Server) -> CommandGenerator[None]:
+        """Send the request that asked for it on `connection`."""
+        waiting = self.command_sources.pop(event)
+        yield from self.event_to_child(waiting, GetHttpConnectionCompleted(event, (connection, None)))
+
+    def dial(self, event: GetHttpConnection, speak: Callable[[Context], HttpConnection]) -> CommandGenerator[None]:
         context = self.context.fork()
         context.server = Server(address=event.address)
-        opening = self.connections[context.server] = Opening(context)
+        opening = self.connections[context.server] = Opening(context, speak)
         self.waiting_for_establishment[context.server].append(event)
         yield from self.event_to_child(opening, events.Start())
+
+    def adopt(self, connection: Server) -> CommandGenerator[None]:
+        """Take a connection that is open already for the first request."""
+        context = self.context.fork()
+        context.server = connection
+        side = self.connections[connection] = UpstreamSide(context)
+        yield from self.event_to_child(side, events.Start())
+
+    def refuse(self, fault: MalformedHead) -> CommandGenerator[None]:
+        yield from self.client_side.refuse(fault)
+
+    def abandon(self, reply: Answer | None) -> Iterator[commands.Command]:
+        """After a fault of ours: what can still be said, and the end."""
+        streams = [one for one in self.streams.values() if isinstance(one, Stream) and one.is_judged]
+        if reply and self.client_side.response is None:
+            yield commands.SendData(self.client_side.conn, reply.to_bytes())
+        yield from self.client_side.end(streams[0] if streams else None)
 
 
 def is_closed(event: events.Event) -> bool:

@@ -1,58 +1,58 @@
 """The entry of the inspector process: takes connections from the gate, gives back records, and ends when the gate does.
 
-The gate starts it with one socket; the configuration comes over that, so the issuing CA's key stands in no argument,
-environment or file. What a connection is for, and what happens on it, is `core`'s.
+The gate starts it with one socket; configuration and policies come over that, so the issuing CA's key stands in no
+argument, environment or file. What a connection is for, and what happens on it, is `core`'s.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import os
-import resource
 import signal
 import socket
 import sys
 import traceback
+from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]  # typeshed leaves it out
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import orjson
 
-from proxy.inspector.channel import MAX_MESSAGE, Channel
+from policies.model import Reason
+from proxy.channel import MAX_MESSAGE, Channel
+from proxy.child import die_with, raise_descriptor_limit
+from proxy.compiled import read_policy
 from proxy.inspector.handover import Configuration, Handover
+from proxy.meter import Counts
 
 if TYPE_CHECKING:
+    from policies.index import Policy
     from proxy.inspector.core import Core
+    from proxy.inspector.wiring import Wired
     from proxy.record import Record
 
 MAX_BACKLOG = 64  # messages of records that the gate has not taken: no more requests are read until it has
 GRACE_S = 0.5  # at the end, for requests under way
 FLUSH_S = 0.2  # and for their records
 TURN_S = 0.005
+READ_BUFFER = 64 * 1024  # one turn's work at most: asyncio reads 256 KiB, which may be 40,000 chunks of a byte
 TLS_BUFFER = 64 * 1024  # asyncio takes 256 KiB for each connection at once: 2 GiB for 4,096 idle clients
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """`python -m proxy.inspector.main FD PARENT`: serve on the socket FD until the process PARENT is gone."""
     descriptor, parent = map(int, sys.argv[1:])
     gc.disable()  # until all is loaded: looking for cycles among what stays is an eighth of the start
-    _die_with(parent)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))  # a connection takes two descriptors
+    die_with(parent)
+    raise_descriptor_limit()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the gate, which tells us what follows
+        signal.signal(number, signal.SIG_IGN)
     SSLProtocol.max_size = TLS_BUFFER
+    _SelectorSocketTransport.max_size = READ_BUFFER
     with socket.socket(fileno=descriptor) as sock:
         asyncio.run(_serve(sock))
-
-
-def _die_with(parent: int) -> None:
-    """The end of the socket says it too; this is for a gate whose end somebody else still holds."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
 
 
 async def _serve(sock: socket.socket) -> None:
@@ -68,24 +68,33 @@ class _Inspector:
     def __init__(self, sock: socket.socket, over: Callable[[], None]) -> None:
         self._channel = Channel(sock, received=self._receive, closed=over, drained=self._resume)
         self._over = over
-        self._core: Core | None = None
+        self._configuration: Configuration | None = None
+        self._wired: Wired | None = None
+        self._closed_for: Reason | None = None
+        self._end = 0.0  # of the grace, by the loop's clock
+        self._counts = Counts(self._gauges)
         self._tasks: set[asyncio.Task[None]] = set()
         self._records: list[Record] = []
 
     async def drain(self) -> None:
         """Serve to its end what clients have left behind, cut what lasts longer, and send every record."""
-        await self._until(self._is_idle, GRACE_S)
+        loop = asyncio.get_running_loop()
+        if self._wired:
+            self._wired.core.leave()
+        self._end = max(self._end, loop.time() + GRACE_S)
+        while not self._is_idle() and loop.time() < self._end:  # noqa: ASYNC110 - several things may make it true
+            await asyncio.sleep(TURN_S)
         for task in self._tasks:
             task.cancel()
-        if self._core:
-            self._core.close()
+        if self._wired:
+            self._wired.core.close()
         await self._until(self._is_idle, FLUSH_S)
         self._flush()
         await self._until(lambda: self._channel.unsent == 0, FLUSH_S)
         self._channel.close()
 
     def _is_idle(self) -> bool:
-        return not self._tasks and (self._core is None or self._core.is_idle)
+        return not self._tasks and (self._wired is None or self._wired.core.is_idle)
 
     async def _until(self, true: Callable[[], bool], patience_s: float) -> None:
         end = asyncio.get_running_loop().time() + patience_s
@@ -93,29 +102,73 @@ class _Inspector:
             await asyncio.sleep(TURN_S)
 
     def _receive(self, message: bytes, descriptor: int | None) -> None:
-        if descriptor is None:
-            if self._core:
-                self._core.turn_away(Handover.from_bytes(message))
-            return
-        if self._core:
-            task = asyncio.create_task(self._core.serve(socket.socket(fileno=descriptor), Handover.from_bytes(message)))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            return
-        with open(descriptor, "rb") as file:
-            text = file.read()
-        try:
-            from proxy.inspector.wiring import wire  # here: a failure to import can be told as well
+        word, _, rest = message.partition(b" ")
+        match word:
+            case b"configuration" if descriptor is not None:
+                with open(descriptor, "rb") as file:
+                    self._configuration = Configuration.from_bytes(file.read())
+            case b"policy" if descriptor is None:  # connections have taken all there are: the gate sends it again
+                self._say({"missed": int(rest)})
+            case b"policy" if descriptor is not None:
+                self._judge_by(descriptor, int(rest))
+            case b"closed":
+                self._close_for(Reason(rest.decode()) if rest else None)
+            case b"finish":
+                self._end = asyncio.get_running_loop().time() + GRACE_S + float(rest)
+                self._over()
+            case b"stats":
+                self._say({"stats": self._counts.snapshot()})
+            case _ if self._wired:
+                self._serve(self._wired.core, Handover.from_bytes(message), descriptor)
 
-            self._core = wire(Configuration.from_bytes(text), self._record, self._tell)
+    def _serve(self, core: Core, handover: Handover, descriptor: int | None) -> None:
+        if descriptor is None:
+            core.turn_away(handover)
+            return
+        task = asyncio.create_task(core.serve(socket.socket(fileno=descriptor), handover))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _judge_by(self, descriptor: int, number: int) -> None:
+        """The first policy makes a core, every other one replaces it. One that cannot be read ends this process: it
+        must not go on judging by another than the gate."""
+        try:
+            with open(descriptor, "rb") as file:
+                policy = read_policy(file)
+            if self._wired:
+                self._wired.bench.swap(policy)
+            else:
+                self._wire(policy)
         except Exception as error:
-            self._channel.send(orjson.dumps({"failed": f"{type(error).__name__}: {error}"}))
+            self._say({"failed": f"{type(error).__name__}: {error}"})
             self._over()
             return
+        self._say({"applied": number})
+
+    def _wire(self, policy: Policy) -> None:
+        from proxy.inspector.wiring import wire  # here: a failure to import can be told as well
+
+        if self._configuration is None:
+            raise ValueError("a policy came before the configuration")
+        self._wired = wire(self._configuration, policy, self._record, self._tell, self._counts)
+        self._wired.bench.close_for(self._closed_for)
         gc.freeze()
         gc.set_threshold(20_000, 50, 100)
         gc.enable()
-        self._channel.send(orjson.dumps({"ready": True}))
+
+    def _close_for(self, reason: Reason | None) -> None:
+        self._closed_for = reason
+        if self._wired:
+            self._wired.bench.close_for(reason)
+
+    def _gauges(self) -> dict[str, int]:
+        if self._wired is None:
+            return {}
+        return {
+            "outgate_connections_inspected": self._wired.core.open_connections,
+            "outgate_leaves_remembered": len(self._wired.leaves),
+            "outgate_names_remembered": self._wired.resolver.remembered,
+        }
 
     def _record(self, record: Record) -> None:
         self._records.append(record)
@@ -132,18 +185,21 @@ class _Inspector:
                 size += len(lines[0]) + 1
                 batch.append(lines.pop(0))
             self._channel.send(b'{"records":[' + b",".join(batch) + b"]}")
-        if self._channel.unsent > MAX_BACKLOG and self._core:
-            self._core.hold(True)
+        if self._channel.unsent > MAX_BACKLOG and self._wired:
+            self._wired.core.hold(True)
 
     def _resume(self) -> None:
-        if self._core:
-            self._core.hold(False)
+        if self._wired:
+            self._wired.core.hold(False)
 
     def _tell(self, error: Exception) -> None:
         """One line to the gate: what failed, and where. The traceback is nobody's business but a developer's."""
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" at {os.path.basename(last[0].filename)}:{last[0].lineno}" if last else ""
-        self._channel.send(orjson.dumps({"log": f"{type(error).__name__}{where}"}))
+        self._say({"log": f"{type(error).__name__}{where}"})
+
+    def _say(self, message: dict[str, object]) -> None:
+        self._channel.send(orjson.dumps(message))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from addons.judge import BAD_GATEWAY
 from addons.record import Outcome
 from policies.index import Policy
 from policies.model import Action, Attempt, Reason, Stage, Verdict
@@ -21,8 +22,14 @@ def record_of_outcome(policy: Policy, outcome: Outcome) -> Record:
     attempt = outcome.judgement.attempt
     workload = policy.workloads.get(attempt.workload)
     extra: Record = {}
+    if outcome.judgement.generation:
+        extra["policy.generation"] = outcome.judgement.generation
+    if outcome.conversation.user is not None:
+        extra["user.name"] = outcome.conversation.user
     if outcome.upstream:
         extra["upstream.address"], extra["upstream.port"] = outcome.upstream
+    if outcome.judgement.status == BAD_GATEWAY and outcome.judgement.note:
+        extra["error.message"] = outcome.judgement.note
     return record_of(
         attempt,
         outcome.judgement.verdict,
@@ -54,6 +61,8 @@ def record_of_lost(handover: Handover, reason: Reason, what: str) -> Record:
     stage = Stage.HTTP if handover.plain else Stage.TLS
     attempt = Attempt(stage, handover.workload, handover.host, handover.port, plain=handover.plain, fault=reason)
     extra: Record = {"error.message": what} if what else {}
+    if handover.user is not None:
+        extra["user.name"] = handover.user
     if reason is Reason.CLIENT_CERTIFICATE_REFUSED:
         extra["hint"] = _UNTRUSTED
     return record_of(

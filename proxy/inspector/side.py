@@ -19,6 +19,7 @@ class Hold(IntFlag):
     SLOW_READER = 1  # the other side's
     SENDS_AHEAD = 2  # a body before its origin is there, or a request before its turn
     RECORDS = 4  # the gate is behind with them
+    NOT_ADOPTED = 8  # an origin that speaks first, before there is a layer to listen
 
 
 class Owner(Protocol):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ssl
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
@@ -14,63 +15,127 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509 import load_pem_x509_certificates
 from mitmproxy.connection import Client
 
-from addons.answers import answer
+from addons.answers import Answer, answer
 from addons.gate import Gate
-from addons.judge import Conversation, Judge, Unreachable
+from addons.judge import BAD_REQUEST, Conversation, Judge, Unreachable
 from addons.record import Outcome, Recorder
 from addons.upstream import Upstream, trust_origins
 from pki.authority import Issuing
-from pki.leaves import tls_leaves
-from policies.engine import decide
+from pki.leaves import HTTP_2, Leaves, tls_leaves
+from policies.engine import decide, identify
 from policies.hostnames import Hostname
-from policies.model import Reason
+from policies.index import Policy
+from policies.model import Address, Attempt, Reason, Verdict
+from proxy.config import UpstreamProxy
 from proxy.dialer import interleave
 from proxy.hosts import HostsEntry
 from proxy.inspector.core import Core
 from proxy.inspector.handover import Configuration, Handover
 from proxy.inspector.outcome import record_of_lost, record_of_outcome
-from proxy.policy_files import load_sources
+from proxy.meter import Counts
+from proxy.original_dst import parse_address
+from proxy.own_doors import OwnDoors
 from proxy.record import Sink, new_id
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
+from proxy.upstream_proxy import SiteProxy, parse_direct
 
 
-def wire(configuration: Configuration, record: Sink, failed: Callable[[Exception], None]) -> Core:
-    """A core that serves by `configuration`. Raises what is wrong with it: PolicyError, ValueError, OSError."""
-    policy = load_sources(configuration.sources, tags=configuration.tags)
-    judge = Judge(partial(decide, policy), now=time.time, new_id=new_id)
+class Bench:
+    """Where every request of this process is judged: the policy in force, in one place.
+
+    workload  every connection is this workload's; None: as its source address or its user says
+    """
+
+    def __init__(self, policy: Policy, workload: str | None) -> None:
+        self._workload = workload
+        self._closed_for: Reason | None = None
+        self.judge = Judge(self._decide, now=time.time, new_id=new_id, identify=self._identify)
+        self.swap(policy)
+
+    def swap(self, policy: Policy) -> None:
+        """Judge the next request by `policy`, also on connections that are open."""
+        self.policy = policy
+        self.judge.generation = policy.generation
+
+    def close_for(self, reason: Reason | None) -> None:
+        """Deny every request for `reason`, until it is None."""
+        self._closed_for = reason
+
+    def _decide(self, attempt: Attempt) -> Verdict:
+        if self._closed_for and not attempt.fault:
+            attempt = replace(attempt, fault=self._closed_for)
+        return decide(self.policy, attempt)
+
+    def _identify(self, conversation: Conversation) -> str:
+        return self._workload or identify(self.policy, parse_address(conversation.source[0]), conversation.user)
+
+
+@dataclass(frozen=True, slots=True)
+class Wired:
+    core: Core
+    bench: Bench
+    leaves: Leaves[ssl.SSLContext]
+    resolver: Resolver
+
+
+def wire(
+    configuration: Configuration,
+    policy: Policy,
+    record: Sink,
+    failed: Callable[[Exception], None],
+    counts: Counts | None = None,
+) -> Wired:
+    """What serves by `configuration` and `policy`. Raises what is wrong with them: ValueError, OSError.
+
+    counts  told of lookups and dials
+    """
+    counts = counts or Counts()
+    bench = Bench(policy, configuration.workload)
+    judge = bench.judge
     conversations: dict[str, Conversation] = {}
 
     def conversation_of(client: Client) -> Conversation:
         return conversations[client.id]
 
     def report(outcome: Outcome) -> None:
-        record(record_of_outcome(policy, outcome))
+        record(record_of_outcome(bench.policy, outcome))
 
-    def refuse(conversation: Conversation, note: str, status: int, fault: Reason) -> bytes:
-        judgement = judge.unreadable(conversation, note, status=status, fault=fault)
+    def refuse(conversation: Conversation, note: str, status: int | None, fault: Reason) -> Answer:
+        judgement = judge.unreadable(conversation, note, status=status or BAD_REQUEST, fault=fault)
         report(Outcome(judgement, conversation, time.time(), status=status))
-        return answer(judgement, closes=True).to_bytes()
+        return answer(judgement, closes=True)
 
     def lost(handover: Handover, reason: Reason, what: str) -> None:
         record(record_of_lost(handover, reason, what))
 
+    resolver = _resolver(configuration, counts)
+    is_own = OwnDoors(configuration.own_doors).holds
+    site = _site_proxy(configuration, resolver, is_own)
     upstream = Upstream(
-        partial(resolve_for_dial, _resolver(configuration)),
+        partial(resolve_for_dial, resolver),
         trust_origins(configuration.upstream_ca),
         conversation_of,
         dial_s=configuration.bounds.dial_s,
+        site=site,
+        is_own=is_own,
+        dialled=counts.dialled,
+        trust_http2=partial(trust_origins, configuration.upstream_ca, HTTP_2),
     )
-    leaves = tls_leaves(_read_issuing(configuration.issuing.encode()), lambda: datetime.now(UTC))
-    return Core(
-        (Gate(judge, conversation_of), Recorder(report, conversation_of)),
+    issuing, clock = _read_issuing(configuration.issuing.encode()), partial(datetime.now, UTC)
+    leaves = tls_leaves(issuing, clock)
+    leaves_http2 = tls_leaves(issuing, clock, alpn=HTTP_2)
+    core = Core(
+        (Gate(judge, conversation_of, site=site), Recorder(report, conversation_of)),
         upstream,
         conversations,
         configuration.bounds,
-        context_of=leaves.context,
+        context_of=lambda host, alpn: (leaves_http2 if alpn == b"h2" else leaves).context(host),
+        opening=judge.opening,
         refuse=refuse,
         lost=lost,
         failed=failed,
     )
+    return Wired(core, bench, leaves, resolver)
 
 
 def _read_issuing(pem: bytes) -> Issuing:
@@ -81,10 +146,20 @@ def _read_issuing(pem: bytes) -> Issuing:
     return Issuing(chain[0], key, tuple(chain))
 
 
-def _resolver(configuration: Configuration) -> Resolver:
+def _resolver(configuration: Configuration, counts: Counts) -> Resolver:
     hosts = {name: HostsEntry(tuple(map(ip_address, texts)), port) for name, texts, port in configuration.hosts}
     system = {name: tuple(map(ip_address, texts)) for name, texts in configuration.system_hosts}
-    return Resolver(hosts, configuration.nameservers, system_hosts=system)
+    return Resolver(hosts, configuration.nameservers, system_hosts=system, told=counts.looked_up)
+
+
+def _site_proxy(
+    configuration: Configuration, resolver: Resolver, is_own: Callable[[Address, int], bool]
+) -> SiteProxy | None:
+    if configuration.upstream_proxy is None:
+        return None
+    host, port, credentials, direct = configuration.upstream_proxy
+    config = UpstreamProxy(host, port, credentials, tuple(map(parse_direct, direct)))
+    return SiteProxy(config, {name for name, _, _ in configuration.hosts}, resolver, is_own=is_own)
 
 
 async def resolve_for_dial(resolver: Resolver, name: Hostname) -> Resolution:

@@ -54,12 +54,15 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 # NXDOMAIN is for names that do not exist for this workload. These do, and musl gives up a name whose AAAA is NXDOMAIN.
 _EXISTS = frozenset({Reason.ANCESTOR, Reason.QUERY_TYPE, Reason.PRIVATE_ADDRESS, Reason.NEVER_REACHED})
-_FAILED = frozenset({Reason.RESOLVER_FAILED, Reason.TOO_MANY_CONNECTIONS, Reason.GATE_FAILED})
+_FAILED = frozenset(
+    {Reason.RESOLVER_FAILED, Reason.TOO_MANY_CONNECTIONS, Reason.LOG_FAILED, Reason.GATE_FAILED}
+)  # asked again later, the answer may be another
 _CODES = {
     Reason.UNKNOWN_WORKLOAD: ExtendedError.PROHIBITED,
     Reason.AMBIGUOUS_WORKLOAD: ExtendedError.PROHIBITED,
     Reason.RESOLVER_FAILED: ExtendedError.NO_REACHABLE_AUTHORITY,
     Reason.TOO_MANY_CONNECTIONS: ExtendedError.OTHER,
+    Reason.LOG_FAILED: ExtendedError.OTHER,
     Reason.GATE_FAILED: ExtendedError.OTHER,
 }
 
@@ -80,16 +83,18 @@ class _Question:
     id: str
     source: Peer
     destination: Peer
+    generation: str  # of the policy that judged
     error: str | None = None  # what went wrong on our side
 
 
 class DnsRelay:
     """Serves any number of sockets, with one set of limits. `malformed` and `search_noise` count what is not recorded.
 
-    workload  names the workload of a source address
-    search    domains that programs append to names (resolv.conf): `api.example.corp.internal` for an allowed
-              `api.example` is answered here, and is nobody's attempt to reach anything
-    clock     the resolver's
+    workload    names the workload of a source address
+    generation  names the policy that `decide` judges by
+    search      domains that programs append to names (resolv.conf): `api.example.corp.internal` for an allowed
+                `api.example` is answered here, and is nobody's attempt to reach anything
+    clock       the resolver's
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class DnsRelay:
         record: Sink,
         *,
         workload: Callable[[Address], str],
+        generation: Callable[[], str] = lambda: "",
         search: Sequence[Hostname] = (),
         limits: DnsLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -109,6 +115,7 @@ class DnsRelay:
         self._lookups = lookups
         self._record = record
         self._workload = workload
+        self._generation = generation
         self._suffixes = tuple("." + domain for domain in search)
         self._limits = limits or DnsLimits()
         self._clock = clock
@@ -223,11 +230,12 @@ class DnsRelay:
             query_type=query.type_text,
             fault=fault,
         )
+        generation = self._generation()
         try:
-            return _Question(query, attempt, self._decide(attempt), new_id(), source, destination)
+            return _Question(query, attempt, self._decide(attempt), new_id(), source, destination, generation)
         except Exception as error:  # a fault of ours in one question must not end the answers to all others
             denial = Verdict(Action.DENY, Reason.GATE_FAILED, Stage.DNS)
-            return _Question(query, attempt, denial, new_id(), source, destination, repr(error))
+            return _Question(query, attempt, denial, new_id(), source, destination, generation, repr(error))
 
     def _answer_now(self, question: _Question) -> bytes | None:
         """The answer, recorded; or None when the resolver has to be asked."""
@@ -321,6 +329,8 @@ class DnsRelay:
         asked: Record = {"dns.question.type": attempt.query_type}
         if attempt.host is None:
             asked["dns.question.name"] = question.query.name
+        if question.generation:
+            asked["policy.generation"] = question.generation
         if question.error is not None:
             asked["error.message"] = question.error
         self._record(

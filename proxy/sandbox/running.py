@@ -73,7 +73,13 @@ class Sandbox:
         self.close()
 
     def release(self, environment: Mapping[str, str] | None = None) -> None:
-        """Let the command run, with `environment` added to its own. Call it once, when everything is served."""
+        """Let the command run, with `environment` added to its own. Call it once, when everything is served.
+
+        From now on signals are for the command: before `wait` listens they would end us instead of it.
+        """
+        for number in _FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda number, _: self.signal(number))
         merged = self._environment | dict(environment or {})
         text = b"\0".join(os.fsencode(f"{name}={value}") for name, value in merged.items())
         for start in range(0, len(text), _ENVIRONMENT_CHUNK):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -35,7 +37,7 @@ HTTP_REASONS = (
 
 def judgement(reason: Reason = Reason.NO_ALLOW_ENTRY, **changes: Any) -> Judgement:  # Any: fields of both dataclasses
     attempt = replace(ATTEMPT, **{k: v for k, v in changes.items() if k in ("method", "target", "upgrade")})
-    rest = {k: v for k, v in changes.items() if k in ("status", "note", "has_body", "page")}
+    rest = {k: v for k, v in changes.items() if k in ("status", "note", "has_body", "page", "grpc")}
     return Judgement("a1b2", attempt, Verdict(Action.DENY, reason, Stage.HTTP, RULE), **({"status": 403} | rest))
 
 
@@ -128,6 +130,25 @@ def test_connection_close_is_said(made: Answer, closes: bytes | None) -> None:
 
 def test_a_method_that_is_not_served_names_those_that_are() -> None:
     assert b"GET" in (header(answer(judgement(Reason.MALFORMED_REQUEST, status=405)), b"Allow") or b"")
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "grpc"),
+    [
+        (Reason.NO_ALLOW_ENTRY, 403, b"7"),
+        (Reason.HOST_MISMATCH, 421, b"7"),
+        (Reason.MALFORMED_REQUEST, 400, b"13"),
+        (Reason.UPSTREAM_REFUSED, 502, b"14"),
+        (Reason.LOG_FAILED, 503, b"14"),
+    ],
+)
+def test_a_grpc_client_reads_a_status_of_its_own(reason: Reason, status: int, grpc: bytes) -> None:
+    made = answer(judgement(reason, status=status, grpc=True, note="50 % of Malmö"))
+    assert (made.status, made.body, header(made, b"Grpc-Status")) == (200, b"", grpc)
+    assert header(made, b"Outgate-Decision") == f"deny; reason={reason}; id=a1b2".encode()
+    message = header(made, b"Grpc-Message") or b""
+    assert unquote(message.decode("ascii")) == describe(judgement(reason, note="50 % of Malmö"))
+    assert not re.search(rb"[^ -~]", message)
 
 
 def test_a_failure_of_the_upstream_says_so() -> None:

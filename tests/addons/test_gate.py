@@ -19,7 +19,7 @@ from mitmproxy.connection import Client, Server
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.test import tflow
 
-from addons.gate import ANSWER, JUDGEMENT, MALFORMED_BODY, STALE, Gate
+from addons.gate import ANSWER, CANCELLED, FAILURE, JUDGEMENT, MALFORMED_BODY, STALE, Gate
 from addons.judge import Conversation, Judge, Unreachable
 from addons.record import Outcome, Recorder
 from addons.upstream import Resolution, Upstream, trust_origins
@@ -99,6 +99,35 @@ def test_what_is_forwarded_is_in_origin_form_for_the_judged_host(scene: Scene) -
     data = flow.request.data
     assert (data.authority, data.path, data.host) == (b"", b"/search?q=1", HOST)
     assert flow.request.headers["Host"] == "api.example.com:443"
+
+
+def test_what_is_forwarded_over_http2_is_for_the_judged_authority(scene: Scene) -> None:
+    flow = flow_of("/search?q=1")
+    flow.request.data.http_version = b"HTTP/2.0"
+    flow.request.data.authority = b"API.Example.com.:443"
+    flow.request.headers = http.Headers([(b"host", b"api.example.com:443"), (b"proxy-authorization", b"Basic eA==")])
+    scene.gate.requestheaders(flow)
+    data = flow.request.data
+    assert (data.authority, data.path, data.host, data.port) == (b"api.example.com:443", b"/search?q=1", HOST, 443)
+    assert data.headers.fields == ()
+
+
+def test_each_of_several_requests_has_a_failure_of_its_own(scene: Scene) -> None:
+    flows = [scene.request(), scene.request()]
+    flows[0].metadata[FAILURE] = Unreachable(Reason.UPSTREAM_REFUSED, "connection refused")
+    for flow in flows:
+        scene.fail(flow)
+    assert [flow.metadata[JUDGEMENT].verdict.reason for flow in flows] == [
+        Reason.UPSTREAM_REFUSED,
+        Reason.UPSTREAM_FAILED,
+    ]
+
+
+def test_a_request_that_its_client_cancelled_is_recorded_as_gone(scene: Scene) -> None:
+    flow = scene.request()
+    scene.fail(flow, CANCELLED)
+    assert flow.response is None
+    assert [outcome.judgement.verdict.reason for outcome in scene.outcomes] == [Reason.CLIENT_GONE]
 
 
 def test_a_path_of_raw_bytes_is_judged_as_received(scene: Scene) -> None:

@@ -49,8 +49,24 @@ def ask(
     fields: Fields | None = None,
     more: Fields | None = None,
     to: Conversation | None = None,
+    authority: str | None = None,
 ) -> Judgement:
-    return judge().request(to or conversation(), method, target, version, (fields or [HOST]) + (more or []))
+    given = ([HOST] if fields is None else fields) + (more or [])
+    return judge().request(to or conversation(), method, target, version, given, authority=authority)
+
+
+def ask2(
+    method: str = "GET", target: str = "/search", authority: str | None = "api.example.com", more: Fields | None = None
+) -> Judgement:
+    """The same over HTTP/2."""
+    return ask(method, target, "HTTP/2.0", [], more, authority=authority)
+
+
+def ask_proxy(target: str, host: bytes = b"api.example.com", more: Fields | None = None) -> Judgement:
+    """The same as to an explicit proxy."""
+    to = conversation(port=80, plain=True)
+    to.proxied = True
+    return ask("GET", target, fields=[(b"Host", host)], more=more, to=to)
 
 
 def test_an_allowed_request_is_forwarded() -> None:
@@ -101,7 +117,7 @@ DENIED = [
     ("connect", ask("CONNECT", "api.example.com:443"), Reason.MALFORMED_REQUEST, 405),
     ("trace", ask("TRACE"), Reason.MALFORMED_REQUEST, 405),
     ("asterisk-form", ask("OPTIONS", "*"), Reason.MALFORMED_PATH, 400),
-    ("http-2-in-text", ask(version="HTTP/2.0"), Reason.MALFORMED_REQUEST, 400),
+    ("http-3-in-text", ask(version="HTTP/3.0"), Reason.MALFORMED_REQUEST, 400),
     ("http-0.9", ask(version="HTTP/0.9"), Reason.MALFORMED_REQUEST, 400),
     ("no-host", ask(fields=[(b"Accept", b"*/*")]), Reason.MALFORMED_REQUEST, 400),
     ("no-host-in-1.0", ask(version="HTTP/1.0", fields=[(b"Accept", b"*/*")]), Reason.MALFORMED_REQUEST, 400),
@@ -162,6 +178,23 @@ DENIED = [
     ("both-overrides", ask("GET", "/search", more=[(b"X-HTTP-Method", b"POST"), (b"X-Original-URL", b"/chat")]),
      Reason.NO_ALLOW_ENTRY, 403),
     ("slash-without-literal", ask("GET", "/search/a%2Fb"), Reason.MALFORMED_PATH, 400),
+    ("http2-without-authority", ask2(authority=None), Reason.MALFORMED_REQUEST, 400),
+    ("http2-with-an-empty-authority", ask2(authority=""), Reason.MALFORMED_REQUEST, 400),
+    ("http2-for-another-host", ask2(authority="other.example.com"), Reason.HOST_MISMATCH, 421),
+    ("http2-for-another-port", ask2(authority="api.example.com:8443"), Reason.HOST_MISMATCH, 421),
+    ("http2-with-another-host-beside", ask2(more=[(b"host", b"other.example.com")]), Reason.MALFORMED_REQUEST, 400),
+    ("http2-with-another-port-beside", ask2(more=[(b"host", b"api.example.com:80")]), Reason.MALFORMED_REQUEST, 400),
+    ("http2-with-connection", ask2(more=[(b"connection", b"close")]), Reason.MALFORMED_REQUEST, 400),
+    ("http2-with-upgrade", ask2(target="/chat", more=[(b"upgrade", b"websocket")]), Reason.MALFORMED_REQUEST, 400),
+    ("http2-with-a-coding", ask2("POST", more=[(b"Transfer-Encoding", b"chunked")]), Reason.MALFORMED_REQUEST, 400),
+    ("http2-connect", ask2("CONNECT"), Reason.MALFORMED_REQUEST, 405),
+    ("http2-no-allow-entry", ask2(target="/forecasts"), Reason.NO_ALLOW_ENTRY, 403),
+    ("proxied-in-origin-form", ask_proxy("/search"), Reason.MALFORMED_REQUEST, 400),
+    ("proxied-for-https", ask_proxy("https://api.example.com/search"), Reason.MALFORMED_REQUEST, 400),
+    ("proxied-with-another-host", ask_proxy("http://api.example.com/search", b"x.test"), Reason.MALFORMED_REQUEST, 400),
+    ("proxied-to-a-port-without-rule", ask_proxy("http://api.example.com:81/search", b"api.example.com:81"),
+     Reason.PORT, 403),
+    ("proxied-to-an-address", ask_proxy("http://10.0.0.1/search", b"10.0.0.1"), Reason.MALFORMED_NAME, 400),
 ]  # fmt: skip
 
 
@@ -180,6 +213,12 @@ ALLOWED = [
     ("websocket", ask("GET", "/chat", more=[(b"Upgrade", b"WebSocket")])),
     ("http-1.0", ask(version="HTTP/1.0")),
     ("any-bytes-in-a-value", ask(more=[(b"X", b"\xff\x80\ttext")])),
+    ("http2", ask2()),
+    ("http2-with-port", ask2(authority="API.example.com.:443")),
+    ("http2-with-host-beside", ask2(more=[(b"host", b"API.example.com")])),
+    ("http2-with-host-instead", ask2(authority=None, more=[HOST])),
+    ("proxied", ask_proxy("http://api.example.com/search?q=1")),
+    ("proxied-with-port", ask_proxy("http://API.example.com:80/search")),
 ]
 
 
@@ -194,6 +233,38 @@ def test_absolute_form_becomes_the_target_that_was_judged() -> None:
 
 def test_absolute_form_without_a_path_is_the_root() -> None:
     assert ask("GET", "https://api.example.com").attempt.target == "/"
+
+
+def test_a_proxied_conversation_is_for_the_latest_host_that_was_allowed() -> None:
+    one, to = judge(), conversation(port=3128, plain=True)
+    to.proxied = True
+    allowed = one.request(to, "GET", "http://api.example.com/search", "HTTP/1.1", [HOST])
+    assert (allowed.attempt.host, allowed.attempt.port, allowed.attempt.target) == ("api.example.com", 80, "/search")
+    one.request(to, "GET", "http://x.test:8080/", "HTTP/1.1", [(b"Host", b"x.test:8080")])
+    assert (to.opened_for, to.port) == ("api.example.com", 80)
+    one.request(to, "GET", "http://other.example.com/", "HTTP/1.1", [(b"Host", b"other.example.com")])
+    assert (to.opened_for, to.port) == ("other.example.com", 80)
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "grpc"),
+    [
+        ("HTTP/2.0", b"application/grpc", True),
+        ("HTTP/2.0", b"application/grpc+proto", True),
+        ("HTTP/2.0", b"application/grpc;x=y", True),
+        ("HTTP/2.0", b"application/grpc-web", False),
+        ("HTTP/2.0", b"application/json", False),
+        ("HTTP/1.1", b"application/grpc", False),
+    ],
+)
+def test_grpc_is_told_by_its_type(version: str, kind: bytes, grpc: bool) -> None:
+    assert ask("POST", "/forecasts", version, more=[(b"Content-Type", kind)]).grpc is grpc
+
+
+def test_the_tls_of_a_conversation_is_judged_before_its_first_request() -> None:
+    one = judge()
+    assert one.opening(conversation()).is_allow
+    assert one.opening(conversation(opened_for="nowhere.example.com")).reason is Reason.NO_RULE
 
 
 def test_the_first_host_on_a_plain_connection_binds_the_later_ones() -> None:

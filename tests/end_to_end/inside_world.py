@@ -71,14 +71,14 @@ class Capture:
     def _read(self) -> None:
         while True:
             packet = self._sock.recv(256)
-            what = _describe(packet)
+            what = describe(packet)
             if what == f"udp {MARKER[0]}:{MARKER[1]}":
                 self._marked.set()
             elif what:
                 self._seen.append(what)
 
 
-def _describe(packet: bytes) -> str | None:
+def describe(packet: bytes) -> str | None:
     """`tcp ADDRESS:PORT` for a SYN, `udp ADDRESS:PORT`, `icmp ADDRESS`; None for what answers something."""
     if packet[0] >> 4 == 4:
         protocol, where, body = (

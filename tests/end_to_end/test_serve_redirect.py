@@ -225,7 +225,8 @@ def net() -> Iterator[Net]:
             subprocess.Popen(
                 namespaces.inside("gateway", [
                     str(OUTGATE), "serve", "-p", str(directory / "policy.yaml"), "--pki", str(directory / "pki"),
-                    "--listen", f"[::]:{PORT}", "--upstream-ca", str(directory / "origin.pem"), *hosts,
+                    "--listen", f"[::]:{PORT}", "--upstream-ca", str(directory / "origin.pem"), "--admin", "none",
+                    *hosts,
                 ]),
                 stdout=log, stderr=subprocess.PIPE, text=True,
             )

@@ -217,7 +217,8 @@ def test_guard_and_tests_are_read_with_their_places() -> None:
 
 
 def test_a_policy_of_version_alone_has_no_workload_at_all() -> None:
-    assert read("version: 1") == Policy({}, (), (), {}, read("version: 1").guard_table, read("version: 1").sources)
+    of = read("version: 1")
+    assert of == Policy({}, (), (), {}, of.guard_table, of.sources, {})
 
 
 def test_names_are_read_into_their_normal_form() -> None:

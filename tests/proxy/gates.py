@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -17,14 +17,17 @@ import pytest
 from policies.engine import admit, carries_plain, decide, expect
 from policies.hostnames import Hostname
 from policies.index import Policy
-from policies.model import Address, Attempt, Verdict
+from policies.model import Address, Attempt, Reason, Verdict
+from proxy.config import UpstreamProxy
 from proxy.epoll import Epoll
+from proxy.guest import Identify
 from proxy.inspector.handover import Handover
 from proxy.limits import Limits
 from proxy.listener import Listener
 from proxy.original_dst import OriginalDst
 from proxy.record import Record
 from proxy.resolver import NameNotFound, Resolution
+from proxy.upstream_proxy import SiteProxy
 
 PATIENCE_S = 20.0  # for what should happen at once, on a machine that is busy with something else
 DESTINATION = ip_address("198.51.100.7")
@@ -195,8 +198,16 @@ def gate(
     told: Sequence[str] = (),
     judge: Callable[[Attempt], Verdict] | None = None,
     has_inspector: bool = True,
+    through: UpstreamProxy | None = None,
+    hosts: Collection[str] = (),
+    is_own: Callable[[Address, int], bool] | None = None,
+    dialled: Callable[[float, Reason | None], None] | None = None,
+    identify: Identify | None = None,
 ) -> Iterator[Gate]:
-    """A gate for `workload`; clients seem to have asked for DESTINATION and `port`, which lookups of `told` gave."""
+    """A gate for `workload`; clients seem to have asked for DESTINATION and `port`, which lookups of `told` gave.
+
+    through  the site's proxy; `hosts` are the names that the operator gave addresses
+    """
     with running_loop() as loop:
         records: list[Record] = []
         handed: list[tuple[socket.socket, Handover]] = []
@@ -216,7 +227,7 @@ def gate(
             lambda: Listener(
                 loop.epoll,
                 original_dst=original_dst,
-                identify=lambda address: workload,
+                identify=identify or (lambda address, user: workload),
                 expect=lambda workload, port: expect(policy, workload, port),
                 carries_plain=lambda workload, port: carries_plain(policy, workload, port),
                 decide=judge_and_note,
@@ -227,6 +238,11 @@ def gate(
                 record=records.append,
                 clock=time.time,
                 limits=limits,
+                site=SiteProxy(through, {Hostname(name) for name in hosts}, resolver, is_own=is_own)
+                if through
+                else None,
+                is_own=is_own,
+                dialled=dialled,
             )
         )
         sock = socket.create_server(("127.0.0.1", 0), backlog=1024)

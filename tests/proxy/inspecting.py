@@ -14,15 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import trustme
 
 from pki.authority import Authority, certificates_pem, create_authority, key_pem
 from policies.hostnames import parse_hostname
 from policies.load import Source
+from proxy.compiled import write_policy
 from proxy.inspector import Bounds, Configuration, Handover, Inspector
 from proxy.inspector.wiring import wire
+from proxy.policy_files import load_sources
 from proxy.record import Record, new_id
 from proxy.wire.client_hello import parse_hello
 
@@ -108,19 +110,23 @@ class Origin:
             if self._context:
                 sock = self._context.wrap_socket(sock, server_side=True)
             self._open.add(sock)
-            buffered = b""
-            while (found := self._read(sock, buffered)) is not None:
-                request, buffered = found
-                self.requests.append(request)
-                reply = self.respond(request, sock)
-                if reply is None:
-                    return
-                sock.sendall(reply)
+            self.converse(sock)
         except OSError:
             pass  # the gate hung up, or the test is over
         finally:
             self._open.discard(sock)
             sock.close()
+
+    def converse(self, sock: socket.socket) -> None:
+        """Answer on one connection to its end."""
+        buffered = b""
+        while (found := self._read(sock, buffered)) is not None:
+            request, buffered = found
+            self.requests.append(request)
+            reply = self.respond(request, sock)
+            if reply is None:
+                return
+            sock.sendall(reply)
 
     def _read(self, sock: socket.socket, buffered: bytes) -> tuple[bytes, bytes] | None:
         """A request and what was read beyond it; None at the end."""
@@ -160,10 +166,14 @@ class Rig:
 
     directory: Path
     policy: str = POLICY
+    workload: str | None = WORKLOAD  # of every connection; None: as the source address says
     bounds: Bounds = field(default_factory=Bounds)
     respond: Respond = lambda _head, _sock: response()
+    make_origin: Callable[[ssl.SSLContext | None, Respond], Origin] = Origin
     origin_names: tuple[str, ...] = (HOST,)
     plain: bool = False
+    proxied: bool = False  # plain requests in absolute form
+    credential: str | None = None
     trusted: bool = True  # the gate trusts the CA of the origin
     refuses: bool = False  # nobody listens where the origin should
     upstream_port: int | None = None  # where the name leads, if not to the origin
@@ -181,7 +191,7 @@ class Rig:
         if not self.plain:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             authority.issue_cert(*self.origin_names).configure_cert(context)
-        self.origin = Origin(context, self.respond)
+        self.origin = self.make_origin(context, self.respond)
         if self.refuses:
             self.origin.close()
         self.roots = self.directory / "roots.pem"
@@ -202,8 +212,8 @@ class Rig:
     def configuration(self) -> Configuration:
         port = self.upstream_port or self.origin.port
         return Configuration(
-            sources=(Source("p.yaml", self.policy),),
             issuing=(certificates_pem(*self.authority.issuing.chain) + key_pem(self.authority.issuing.key)).decode(),
+            workload=self.workload,
             upstream_ca=str(self.directory / "origin-ca.pem"),
             hosts=tuple(
                 (parse_hostname(name), (address,), port)
@@ -217,13 +227,19 @@ class Rig:
             bounds=self.bounds,
         )
 
+    def compiled(self) -> BinaryIO:
+        """The policy as the gate gives it to its inspector."""
+        return write_policy(load_sources([Source("p.yaml", self.policy)]))
+
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         if self.in_process:
-            self.inspector = Inspector(self.configuration, self.records.append, self.log.append)
+            self.inspector = Inspector(self.configuration, self.compiled, self.records.append, self.log.append)
         else:
-            self.core = wire(self.configuration(), self.records.append, self.failures.append)
+            policy = load_sources([Source("p.yaml", self.policy)])
+            wired = wire(self.configuration(), policy, self.records.append, self.failures.append)
+            self.core, self.bench = wired.core, wired.bench
         tasks: set[asyncio.Task[None]] = set()
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setblocking(False)
@@ -258,6 +274,8 @@ class Rig:
             source=source,
             destination=None,
             opened=time.time(),
+            proxied=self.proxied,
+            credential=self.credential,
         )
         if self.in_process:
             self.inspector.inspect(sock, handover)

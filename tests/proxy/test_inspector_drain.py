@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from policies.tree import Source
+from proxy.compiled import write_policy
 from proxy.inspector import Configuration, Handover, Inspector, host
+from proxy.policy_files import load_sources
 from proxy.record import Record, new_id
-from tests.proxy.inspecting import HOST, WAIT_S, WORKLOAD, Rig, get
+from tests.proxy.inspecting import HOST, POLICY, WAIT_S, WORKLOAD, Rig, get, response
 
 OPENED = 1_800_000_000.0
 
@@ -27,6 +32,10 @@ def handed_over(inspector: Inspector, say: bytes) -> socket.socket:
     return client
 
 
+def compiled() -> BinaryIO:
+    return write_policy(load_sources([Source("p.yaml", POLICY)]))
+
+
 def drained(
     configuration: Callable[[], Configuration], talk: Callable[[Inspector], None], *, log: list[str] | None = None
 ) -> list[Record]:
@@ -34,7 +43,7 @@ def drained(
     records: list[Record] = []
 
     async def run() -> None:
-        inspector = Inspector(configuration, records.append, (log if log is not None else []).append)
+        inspector = Inspector(configuration, compiled, records.append, (log if log is not None else []).append)
         talk(inspector)
         await inspector.drain()
         assert inspector.pid is None
@@ -78,6 +87,40 @@ def test_a_client_that_stays_is_cut_and_the_drain_ends(tmp_path: Path, monkeypat
     assert time.monotonic() - began < WAIT_S
 
 
+def test_within_the_grace_an_answer_is_waited_for_and_a_client_that_asks_nothing_is_left(tmp_path: Path) -> None:
+    is_draining = threading.Event()
+
+    def respond(request: bytes, _origin: socket.socket) -> bytes:
+        if b"/search/slow" in request:
+            assert is_draining.wait(WAIT_S)
+            time.sleep(0.7)  # longer than there is without a grace
+        return response()
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        inspector = Inspector(rig.configuration, compiled, records.append)
+        idle, busy = (handed_over(inspector, get(path)) for path in ("/search/quick", "/search/slow"))
+        with idle, busy:
+            idle.setblocking(False)
+            busy.setblocking(False)
+            assert (await loop.sock_recv(idle, 100)).startswith(b"HTTP/1.1 200 ")
+            draining = asyncio.create_task(inspector.drain(60.0))
+            await asyncio.sleep(0)
+            is_draining.set()
+            assert (await loop.sock_recv(busy, 100)).startswith(b"HTTP/1.1 200 ")
+            assert await loop.sock_recv(idle, 100) == b""
+            await draining
+
+    records: list[Record] = []
+    with Rig(tmp_path, plain=True, respond=respond) as rig:
+        asyncio.run(asyncio.wait_for(run(), 2 * WAIT_S))
+
+    assert sorted(str(record["url.full"]) for record in records) == [
+        f"http://{HOST}/search/quick",
+        f"http://{HOST}/search/slow",
+    ]
+
+
 def test_who_still_waits_at_the_bound_is_recorded_as_gone_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,4 +159,4 @@ def test_an_inspector_without_a_configuration_refuses_at_once() -> None:
 
 
 def test_draining_one_that_never_started_is_nothing() -> None:
-    assert drained(lambda: Configuration((), ""), lambda _inspector: None) == []
+    assert drained(lambda: Configuration(""), lambda _inspector: None) == []

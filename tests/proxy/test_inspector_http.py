@@ -50,7 +50,7 @@ def test_curl_sees_why_it_was_denied(tmp_path: Path) -> None:
         done = rig.curl(f"https://{HOST}/forecasts", "-w", "%{http_code} %{content_type}")
         assert done.stdout.endswith(b"403 application/problem+json")
         assert b"p.yaml:6 (weather) lists what is allowed on weather.test" in done.stdout
-        assert rig.origin.connections == 0
+        assert rig.origin.requests == []
 
 
 @needs_curl
@@ -240,7 +240,7 @@ def test_curl_sees_the_denial_of_a_large_upload(tmp_path: Path) -> None:
     with Rig(tmp_path) as rig:
         done = rig.curl(f"https://{HOST}/forecasts", "-T", str(body), "-H", "Expect:", "-o", "-", "-w", "%{http_code}")
         assert done.stdout.endswith(b"403")
-        assert rig.origin.connections == 0
+        assert rig.origin.requests == []
 
 
 def test_a_denial_without_a_body_keeps_the_connection(tmp_path: Path) -> None:
@@ -338,8 +338,8 @@ def chunked(rest: bytes) -> bytes:
 
 HOSTILE: list[tuple[str, bytes, int, bytes]] = [
     ("trailers", chunked(b"5\r\nsunny\r\n0\r\nX-Checksum: 1\r\n\r\n"), 200, b"5\r\nsunny\r\n0\r\n\r\n"),
-    ("early-hints", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + response(), 200, b"sunny"),
-    ("continue-and-processing", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 P\r\n\r\n" + response(), 200, b"sunny"),
+    ("continues-unasked", b"HTTP/1.1 100 Continue\r\n\r\n" + response(), 200, b"sunny"),
+    ("hints-for-ever", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100, 103, b"upstream_failed"),
     ("bare-line-feeds", b"HTTP/1.1 200 OK\nContent-Length: 5\n\nsunny", 200, b"sunny"),
     ("no-reason-phrase", b"HTTP/1.1 200\r\nContent-Length: 5\r\n\r\nsunny", 200, b"sunny"),
     ("no-content", b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
@@ -408,9 +408,9 @@ def test_an_origin_that_speaks_before_it_was_asked_is_not_believed(tmp_path: Pat
         really_open = rig.core.upstream.open
 
         async def open_and_hear(
-            conversation: Conversation, protocol: Callable[[], asyncio.BaseProtocol]
+            conversation: Conversation, protocol: Callable[[], asyncio.BaseProtocol], *, http2: bool
         ) -> asyncio.Transport:
-            transport = await really_open(conversation, protocol)
+            transport = await really_open(conversation, protocol, http2=http2)
             side = protocol()
             assert isinstance(side, asyncio.Protocol)
             side.data_received(response(b"poisoned"))
@@ -419,6 +419,19 @@ def test_an_origin_that_speaks_before_it_was_asked_is_not_believed(tmp_path: Pat
         rig.core.upstream.open = open_and_hear  # type: ignore[method-assign]
         reply = rig.send(get())
         assert (reply.status, reply.reason) == (502, "upstream_failed")
+
+
+def test_early_hints_reach_the_client(tmp_path: Path) -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\nContent-Length: 5\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+    with Rig(tmp_path, respond=lambda _request, _sock: hints + response()) as rig, rig.connect() as sock:
+        for _ in range(2):
+            sock.sendall(get())
+            assert read_reply(sock) == (
+                Reply(103, {"link": "</a>"}, b""),
+                b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nsunny",
+            )
+        sock.sendall(get().replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert read_reply(sock)[0].body == b"sunny"
 
 
 def test_an_early_answer_reaches_a_client_that_still_sends(tmp_path: Path) -> None:
@@ -639,6 +652,7 @@ def test_the_record_of_a_request(tmp_path: Path) -> None:
         "destination.port": 443,
         "http.request.method": "PUT",
         "http.response.status_code": 200,
+        "policy.generation": rig.bench.policy.generation,
         "reason": "rule",
         "rule": "p.yaml:6 (weather)",
         "server.name": HOST,

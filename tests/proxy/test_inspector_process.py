@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -13,14 +12,15 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 
 from policies.hostnames import Hostname
-from policies.load import Source
+from proxy import child
+from proxy.channel import MAX_MESSAGE, Channel
 from proxy.inspector import Configuration, Handover, Inspector, host
-from proxy.inspector.channel import MAX_MESSAGE, Channel
 from proxy.record import Record
 from tests.proxy.inspecting import HOST, NOTHING, WAIT_S, WORKLOAD, Rig, get, read_reply
 
@@ -88,13 +88,16 @@ def test_a_plain_connection_that_is_refused_gets_an_answer(tmp_path: Path, monke
     assert (reply.status, reply.reason) == (502, "gate_failed")
 
 
-def test_a_process_that_cannot_start_says_why_and_nothing_passes(tmp_path: Path) -> None:
-    with Rig(tmp_path, in_process=True, policy="version: 1\nworkload: {}\n") as rig:
+def test_a_process_that_cannot_start_says_why_and_nothing_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rig, "compiled", lambda _: child.memory(b"no policy", "policy"))
+    with Rig(tmp_path, in_process=True) as rig:
         with pytest.raises(OSError, match=r".*"):
             rig.connect()
         rig.wait_for(lambda: rig.records and len(rig.log) == 2)
         assert [record["reason"] for record in rig.records] == ["gate_failed"]
-        assert "PolicyError: p.yaml:2" in rig.log[0]
+        assert "NotCompiled" in rig.log[0]
         with pytest.raises(OSError, match=r".*"):  # during the pause it is not even tried
             rig.connect()
         assert len(rig.log) == 2
@@ -134,8 +137,10 @@ def test_it_ends_when_the_gate_is_killed(tmp_path: Path) -> None:
     with Rig(tmp_path, in_process=True) as rig:
         configuration = tmp_path / "configuration"
         configuration.write_bytes(rig.configuration().to_bytes())
+        policy = tmp_path / "p.yaml"
+        policy.write_text(rig.policy)
         gate = subprocess.Popen(
-            [sys.executable, "-c", GATE, str(configuration)], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+            [sys.executable, "-c", GATE, str(configuration), str(policy)], stdout=subprocess.PIPE, stdin=subprocess.PIPE
         )
         assert gate.stdout is not None
         assert gate.stdin is not None
@@ -151,10 +156,13 @@ def test_it_ends_when_the_gate_is_killed(tmp_path: Path) -> None:
 
 GATE = """
 import asyncio, pathlib, sys
+from proxy.compiled import write_policy
 from proxy.inspector import Configuration, Inspector
+from proxy.policy_files import read_policy
 
 async def main():
-    inspector = Inspector(lambda: Configuration.from_bytes(pathlib.Path(sys.argv[1]).read_bytes()), print)
+    configuration = Configuration.from_bytes(pathlib.Path(sys.argv[1]).read_bytes())
+    inspector = Inspector(lambda: configuration, lambda: write_policy(read_policy([sys.argv[2]])), print)
     inspector.start()
     while not inspector._is_ready:
         await asyncio.sleep(0.01)
@@ -282,13 +290,11 @@ def test_a_configuration_survives_the_wire(tmp_path: Path) -> None:
     with Rig(tmp_path) as rig:
         configuration = replace(
             rig.configuration(),
-            tags=("tags.json",),
+            workload=None,
             nameservers=(("127.0.0.1", 53),),
             system_hosts=((Hostname(HOST), ("::1",)),),
         )
     assert Configuration.from_bytes(configuration.to_bytes()) == configuration
-    assert json.loads(configuration.to_bytes())["sources"][0]["file"] == "p.yaml"
-    assert isinstance(configuration.sources[0], Source)
 
 
 def test_a_channel_never_blocks_and_loses_nothing() -> None:
@@ -367,7 +373,7 @@ def test_records_of_any_size_reach_the_gate(tmp_path: Path) -> None:
 
 def test_closing_twice_is_closing_once() -> None:
     records: list[Record] = []
-    inspector = Inspector(lambda: Configuration((), ""), records.append)
+    inspector = Inspector(lambda: Configuration(""), BytesIO, records.append)
     inspector.close()
     inspector.close()
     assert records == []

@@ -1,0 +1,63 @@
+"""A `Config` as JSON and back, exactly: what a supervisor tells its workers. An operator writes none of this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+from policies.hostnames import Hostname, Pattern
+from policies.model import Network
+from proxy.config import Config, GateMode, OnLogFailure, SocketAddress, UpstreamProxy
+from proxy.hosts import HostsEntry
+from proxy.limits import Limits
+
+
+def to_document(config: Config) -> dict[str, object]:
+    """JSON-able. It holds paths of secrets, never a secret."""
+    document: dict[str, object] = {field.name: getattr(config, field.name) for field in fields(config)}
+    proxy = config.upstream_proxy
+    return document | {
+        "proxy_protocol_from": [str(network) for network in config.proxy_protocol_from],
+        "hosts": [[name, [str(a) for a in entry.addresses], entry.port] for name, entry in config.hosts.items()],
+        "upstream_proxy": proxy and [proxy.host, proxy.port, proxy.credentials, [str(one) for one in proxy.direct]],
+        "limits": asdict(config.limits),
+        "bounds": asdict(config.bounds),
+    }
+
+
+def from_document(document: Mapping[str, Any]) -> Config:
+    """What `to_document` gave, also by way of JSON text."""
+    from proxy.inspector.handover import Bounds
+
+    proxy = document["upstream_proxy"]
+    read = {
+        "mode": GateMode(document["mode"]),
+        "policy": tuple(document["policy"]),
+        "tags": tuple(document["tags"]),
+        "listen": _addresses(document["listen"]),
+        "proxy_listen": _addresses(document["proxy_listen"]),
+        "proxy_protocol_from": tuple(map(ip_network, document["proxy_protocol_from"])),
+        "nameservers": _addresses(document["nameservers"]),
+        "hosts": {
+            Hostname(name): HostsEntry(tuple(map(ip_address, addresses)), port)
+            for name, addresses, port in document["hosts"]
+        },
+        "upstream_proxy": proxy and UpstreamProxy(proxy[0], proxy[1], proxy[2], tuple(map(_direct, proxy[3]))),
+        "on_log_failure": OnLogFailure(document["on_log_failure"]),
+        "admin": document["admin"] and tuple(document["admin"]),
+        "limits": Limits(**document["limits"]),
+        "bounds": Bounds(**document["bounds"]),
+    }
+    return Config(**{**document, **read})
+
+
+def _addresses(found: list[list[Any]] | None) -> tuple[SocketAddress, ...] | None:
+    return None if found is None else tuple((address, port) for address, port in found)
+
+
+def _direct(text: str) -> Pattern | Network:
+    if "/" in text:  # a prefix is always written with its length
+        return ip_network(text)
+    return Pattern(Hostname(text.removeprefix("*.")), wildcard=text.startswith("*."))

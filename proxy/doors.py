@@ -1,0 +1,106 @@
+"""Listening sockets of a service: one for each worker on every port, bound before anything that could fail later.
+
+Who accepts on them is not known here. The supervisor keeps every one of them open, so that what waits in the backlog of
+a worker that died waits for the next one instead of being reset.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from proxy.config import Config, Door, SocketAddress
+from proxy.record import show_peer
+
+BACKLOG = 4096
+
+
+class DoorTaken(Exception):
+    """A door cannot be opened. `str()` names the setting, the address and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDoor:
+    """One port. `sockets` has one for each worker; the kernel spreads connections over them."""
+
+    is_proxy: bool
+    sockets: tuple[socket.socket, ...]
+
+    @property
+    def address(self) -> SocketAddress:
+        host, port = self.sockets[0].getsockname()[:2]
+        return host, port
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            sock.close()
+
+
+def open_doors(config: Config) -> tuple[OpenDoor, ...]:
+    """Every door of `config`, listening. Raises DoorTaken; none is open then."""
+    doors = config.doors(has_ipv6=has_ipv6())
+    opened: list[OpenDoor] = []
+    for door in doors:
+        try:
+            sockets = open_sockets(door.address, config.workers, takes_ipv4=_takes_ipv4(door, doors))
+        except OSError as error:
+            for other in opened:
+                other.close()
+            flag = "--proxy-listen" if door.is_proxy else "--listen"
+            raise DoorTaken(f"{flag} {show_peer(door.address)}: {error.strerror or error}") from error
+        opened.append(OpenDoor(door.is_proxy, sockets))
+    return tuple(opened)
+
+
+def open_sockets(address: SocketAddress, count: int = 1, *, takes_ipv4: bool = False) -> tuple[socket.socket, ...]:
+    """`count` listening sockets on one address. Raises OSError, also where another program listens there.
+
+    SO_REUSEPORT would share the port with any program of the same user that asks for it too: another gate, started by
+    mistake, would silently take half of the connections. So the first socket is bound, and listens, without it.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            sock = _bind(sockets[0].getsockname() if sockets else address, shares=bool(sockets), takes_ipv4=takes_ipv4)
+            sockets.append(sock)
+            sock.listen(BACKLOG)
+            if count > 1:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, True)
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return tuple(sockets)
+
+
+def _bind(address: tuple[str, int], *, shares: bool, takes_ipv4: bool) -> socket.socket:
+    is_ipv4 = ip_address(address[0].partition("%")[0]).version == 4
+    sock = socket.socket(socket.AF_INET if is_ipv4 else socket.AF_INET6, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)  # connections of before that are in TIME_WAIT
+        if not is_ipv4:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not takes_ipv4)
+        if shares:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, True)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _takes_ipv4(door: Door, doors: tuple[Door, ...]) -> bool:
+    """[::] takes IPv4 too, as with every other server that is told so; not where 0.0.0.0 has a door of its own."""
+    host, port = door.address
+    return host == "::" and all(other.address != ("0.0.0.0", port) for other in doors)  # noqa: S104 - compared
+
+
+def has_ipv6() -> bool:
+    """Whether this host has it at all: the kernel may be without, or every interface."""
+    try:
+        with socket.socket(socket.AF_INET6) as sock:
+            sock.bind(("::1", 0))
+    except OSError:
+        return False
+    return True

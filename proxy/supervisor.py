@@ -1,0 +1,243 @@
+"""The process that starts and replaces workers, has policies compiled for them, and says how they are.
+
+No connection passes it. It holds the doors, so that none closes with a worker that is lost, and the policy as memory to
+hand on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import ssl
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version as version_of
+from typing import TYPE_CHECKING
+
+from proxy.child import memory
+from proxy.compiler import request_for
+from proxy.config import Config, OnLogFailure, SocketAddress
+from proxy.config_document import to_document
+from proxy.doors import OpenDoor
+from proxy.log_target import share_turns
+from proxy.meter import Counts, Number, Totals, merge
+from proxy.metric_table import METRICS
+from proxy.notify import Notifier
+from proxy.options import Unready, say
+from proxy.processes import Processes
+from proxy.reloading import Reloads
+from proxy.status import ReloadResult, WorkerState
+from proxy.watch import Watch
+from proxy.worker.host import Sent, Worker
+from proxy.worker.messages import Configuration, Door, LogTurns, Reopen
+
+if TYPE_CHECKING:
+    from proxy.admin import Admin
+
+ASK_S = 1.0
+
+
+class Supervisor:
+    """One service. Made on a running asyncio loop; the doors are its own from now on."""
+
+    def __init__(self, config: Config, doors: Sequence[OpenDoor]) -> None:
+        self._config = config
+        self._document = _document(config)
+        self._doors = doors
+        self._turns = share_turns()
+        self._totals = Totals()
+        self._processes = Processes()
+        self._counts = Counts(self._gauges)
+        self._watch = Watch((*config.policy, *config.tags))
+        self._moved = asyncio.Event()  # some worker is in another state
+        self._workers = [
+            Worker(number, partial(self._introduce, number), self._judge_again, self._moved.set, self._totals)
+            for number in range(1, config.workers + 1)
+        ]
+        self._reloads = Reloads(request_for(config), self._workers, self._moved, self._counts)
+        self._admin: Admin | None = None
+        self._is_ending = False
+        self._notifier = Notifier()
+
+    # --- its life ---
+
+    async def start(self) -> None:
+        """Returns when every worker serves. Raises Unready."""
+        if self._config.admin and not self._config.admin[1]:  # a port of ours, which no worker may ever dial
+            await self._open_admin()
+            self._document = _document(replace(self._config, admin=self.admin_address))
+        for worker in self._workers:
+            worker.start()  # it loads its code while the compiler reads the policy
+        loading = asyncio.create_task(self._reloads.first())
+        try:
+            await self._open_admin()
+            await loading
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+        while not all(worker.state is WorkerState.READY for worker in self._workers):
+            for worker in self._workers:
+                if worker.failure:
+                    raise Unready(f"worker {worker.number} {worker.failure}")
+            self._moved.clear()
+            await self._moved.wait()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Replace, reload and answer until `stop` is set."""
+        self._notifier.ready(self._shown())
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(work()) for work in (self._reloads.run, self._ask_workers, self._watch_files)]
+            await stop.wait()
+            for task in tasks:
+                task.cancel()
+
+    async def finish(self, hurry: asyncio.Event) -> None:
+        """Accept nothing more, let connections end within the grace, or at once after `hurry`. All is recorded then."""
+        self._is_ending = True
+        self._notifier.stopping()
+        for door in self._doors:
+            door.close()
+        for worker in self._workers:
+            worker.finish(self._config.grace_s)
+        hurrying = asyncio.create_task(self._hurry(hurry))
+        while any(worker.pid for worker in self._workers):
+            self._moved.clear()
+            await self._moved.wait()
+        hurrying.cancel()
+        if self._admin:
+            await self._admin.close()
+        self._reloads.close()
+        os.close(self._turns)
+
+    async def _hurry(self, hurry: asyncio.Event) -> None:
+        await hurry.wait()
+        for worker in self._workers:
+            worker.finish(0.0)
+
+    async def _open_admin(self) -> None:
+        if self._config.admin is None or self._admin:
+            return
+        from proxy.admin import AdminFailed, open_admin  # here: it brings a web server, which not every gate has
+
+        try:
+            self._admin = await open_admin(self._config.admin, self, token_file=self._config.admin_token, log=say)
+        except AdminFailed as error:
+            raise Unready(str(error)) from error
+
+    async def _ask_workers(self) -> None:
+        shown = ""
+        while True:
+            await asyncio.sleep(ASK_S)
+            for worker in self._workers:
+                worker.ask()
+            if self._notifier.watchdog_s:
+                self._notifier.alive()
+            if shown != (shown := self._shown()):
+                self._notifier.status(shown)
+
+    def _shown(self) -> str:
+        """How it stands, in words, to the service manager."""
+        return "; ".join(self.ready()) or f"serving by policy {self._reloads.generation}"
+
+    async def _watch_files(self) -> None:
+        while True:
+            await self._watch.changed()
+            self._reloads.ask()
+
+    @property
+    def admin_address(self) -> SocketAddress | None:
+        return self._admin.address if self._admin else None
+
+    # --- what workers are told ---
+
+    def hang_up(self) -> None:
+        """SIGHUP: follow a log file that was moved away, and read the policy files again."""
+        for worker in self._workers:
+            worker.tell(Reopen())
+        self._reloads.ask()
+
+    def _introduce(self, number: int) -> Iterator[Sent]:
+        yield LogTurns(), open(os.dup(self._turns), "rb")  # noqa: SIM115 - given away
+        yield Configuration(), memory(self._document, "configuration")
+        for door in self._doors:
+            yield Door(door.is_proxy), door.sockets[number - 1].dup()
+        if self._reloads.in_force:
+            yield self._reloads.in_force.told()
+
+    def _judge_again(self, worker: Worker) -> None:
+        self._reloads.tell(worker)
+
+    # --- Status, as the admin port asks it ---
+
+    def ready(self) -> list[str]:
+        """Why the service is not ready; empty: it is.
+
+        Nameservers and upstreams have no part in it: a workload could turn the gate red for all by asking for names of
+        a server that is dead. They are in the metrics.
+        """
+        if self._is_ending:
+            return ["the gate is ending"]
+        return [f"worker {worker.number} {why}" for worker in self._workers if (why := self._unready(worker))]
+
+    def _unready(self, worker: Worker) -> str | None:
+        if worker.state is None:
+            return "is not running"
+        if worker.state is not WorkerState.READY:
+            return "is starting"
+        if worker.is_silent:
+            return "does not answer"
+        if worker.generation != self._reloads.generation and not self._reloads.is_swapping:
+            return "judges by an older policy"
+        if worker.answer and worker.answer.log_failing and self._config.on_log_failure is OnLogFailure.DENY:
+            return "cannot write the decision log, and denies everything"
+        if worker.answer and worker.answer.inspector_failing:
+            return "has an inspector that keeps ending"
+        if worker.answer and worker.answer.inspector_silent:
+            return "has an inspector that does not answer"
+        return None
+
+    def notes(self) -> list[str]:
+        found = [
+            f"worker {worker.number} cannot write the decision log"
+            for worker in self._workers
+            if worker.answer and worker.answer.log_failing
+        ]
+        if self._reloads.refused:
+            found.append(f"the policy files cannot be loaded; policy {self._reloads.generation} stays in force")
+        return found
+
+    async def metrics(self, openmetrics: bool) -> bytes:
+        from proxy.metrics import render
+
+        pids = [worker.pid for worker in self._workers if worker.pid]
+        counted = merge((self._totals.sum(), self._counts.snapshot(), self._processes.look(pids)))
+        info = {
+            "outgate_policy_generation_info": {"generation": self._reloads.generation},
+            "outgate_build_info": {
+                "version": version_of("outgate"),
+                "python": platform.python_version(),
+                "openssl": ssl.OPENSSL_VERSION,
+            },
+        }
+        return render(counted, info, openmetrics=openmetrics)
+
+    async def reload(self) -> ReloadResult:
+        return await self._reloads.ask()
+
+    def _gauges(self) -> dict[str, Number]:
+        """What the supervisor itself has to say in the metrics."""
+        states = [worker.state for worker in self._workers]
+        numbers: dict[str, Number] = {
+            METRICS["outgate_workers"].series(state): states.count(state) for state in WorkerState
+        }
+        numbers["outgate_worker_restarts_total"] = sum(worker.restarts for worker in self._workers)
+        if self._reloads.in_force:
+            numbers["outgate_policy_loaded_timestamp_seconds"] = self._reloads.in_force.loaded
+        return numbers
+
+
+def _document(config: Config) -> bytes:
+    return json.dumps(to_document(config)).encode()

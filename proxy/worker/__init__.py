@@ -1,0 +1,1 @@
+"""The processes that carry connections: `host` is the supervisor's side of one, `main` its own entry."""

@@ -1,0 +1,117 @@
+"""What the supervisor and a worker say to each other, as bytes. It sends nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import orjson
+
+from proxy.meter import Snapshot
+
+# --- from the supervisor ---
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The first message. With it comes a file that holds `config_document.to_document` as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogTurns:
+    """With it comes what the workers agree with whose turn it is to write to the log (`log_target.share_turns`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """With it comes a listening socket."""
+
+    is_proxy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Judge by another policy from now on; the first lets connections in. With it comes what the compiler wrote.
+
+    inspects  a rule ends TLS
+    issuing   what signs leaves, in PEM
+    """
+
+    generation: str
+    inspects: bool
+    issuing: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """How are you? Asked once a second; who does not answer for long is replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reopen:
+    """The log file was moved away: write to a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Accept nothing more, let what is open end within `grace_s`, write every record, end."""
+
+    grace_s: float
+
+
+# --- from a worker ---
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """This generation judges every attempt from now on, and all doors are open."""
+
+    generation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """That generation could not be taken over; the one before it judges."""
+
+    generation: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """It cannot start, and ends."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How it is.
+
+    log_failing        decision records cannot be written
+    inspector_failing  what inspects ended several times in a row
+    counted            since it was started
+    inspector_silent   what inspects does not answer
+    """
+
+    log_failing: bool
+    inspector_failing: bool
+    counted: Snapshot
+    inspector_silent: bool = False
+
+
+type Told = LogTurns | Configuration | Door | Judge | Question | Reopen | Finish
+type Said = Judging | Refused | Failed | Answer
+
+_KINDS = (LogTurns, Configuration, Door, Judge, Question, Reopen, Finish, Judging, Refused, Failed, Answer)
+_BY_NAME: dict[str, Callable[..., Told | Said]] = {kind.__name__: kind for kind in _KINDS}
+
+
+def to_bytes(message: Told | Said) -> bytes:
+    return orjson.dumps({type(message).__name__: asdict(message)})
+
+
+def from_bytes(text: bytes) -> Told | Said:
+    """Raises ValueError, TypeError, KeyError for what no side of ours says."""
+    ((kind, fields),) = orjson.loads(text).items()
+    return _BY_NAME[kind](**fields)

@@ -1,0 +1,37 @@
+"""What the documents tell a reader to type, as tests type it. It reads the pages and runs nothing."""
+
+from __future__ import annotations
+
+import re
+
+from tests.end_to_end.world import CHECKOUT
+
+
+def section(page: str, heading: str) -> str:
+    """The text below a heading, to the next one of its rank or above."""
+    text = (CHECKOUT / page).read_text()
+    found = re.search(rf"^(#+) {re.escape(heading)}$", text, re.MULTILINE)
+    assert found, f"{page} has no heading {heading!r}"
+    rest = text[found.end() :]
+    end = re.search(rf"^#{{1,{len(found[1])}}} ", rest, re.MULTILINE)
+    return rest[: end.start()] if end else rest
+
+
+def fenced(page: str, heading: str, language: str) -> str:
+    """The one block of that language below a heading."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", section(page, heading), re.MULTILINE | re.DOTALL)
+    assert len(found) == 1, f"{len(found)} blocks of {language} in {page} below {heading!r}"
+    return str(found[0])
+
+
+def commands(page: str, heading: str) -> list[str]:
+    """The lines to type below a heading, without what is said beside them."""
+    lines = re.findall(r"^    (\S.*)$", section(page, heading), re.MULTILINE)
+    return [re.sub(r"\s+#.*", "", line) for line in lines]
+
+
+def command(page: str, heading: str, start: str) -> str:
+    """The one of them that starts so."""
+    found = [line for line in commands(page, heading) if line.startswith(start)]
+    assert len(found) == 1, f"{len(found)} commands {start!r} in {page} below {heading!r}"
+    return found[0]
