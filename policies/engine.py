@@ -99,7 +99,7 @@ def admit(verdict: Verdict, address: Address, *, from_hosts: bool = False) -> Ve
 
 
 def identify(policy: Policy, address: Address, user: str | None = None) -> str:
-    """The workload of a source: its verified credential's, else that of the longest prefix around it, else `unknown`."""
+    """The workload of a source: its verified credential's, else the longest prefix's around it, else `unknown`."""
     if user is not None and (named := policy.users.get(user)):
         return named
     found = policy.sources.covering(address)

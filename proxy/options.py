@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # `run` forks before anything that is not needed until then i
     from pki.authority import Authority
     from policies.errors import Problem
     from policies.index import Policy
-    from proxy.decision_log import DecisionLog
+    from proxy.log.decision_log import DecisionLog
     from proxy.runtime import Settings
 
 
@@ -69,7 +69,7 @@ def require_workload(policy: Policy, workload: str | None) -> None:
 
 def decision_log(target: str | None) -> DecisionLog:
     """The log at `--log`. Raises Unready."""
-    from proxy.decision_log import open_log
+    from proxy.log.decision_log import open_log
 
     try:
         return open_log(target)

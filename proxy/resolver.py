@@ -19,7 +19,7 @@ from math import inf
 from policies.addresses import Address
 from policies.hostnames import Hostname
 from proxy.hosts import HostsEntry, Nameserver
-from proxy.metric_table import Lookup
+from proxy.metrics.table import Lookup
 from proxy.record import show_peer
 from proxy.wire.dns import (
     AAAA,

@@ -18,13 +18,13 @@ from policies.index import Policy
 from policies.model import UNKNOWN, Action, Address, Attempt, Network, Reason, Stage, Verdict
 from proxy.compiled import NotCompiled, duplicate, read_policy, write_policy
 from proxy.epoll import Epoll
-from proxy.explicit import Entrance
+from proxy.explicit.entrance import Entrance
 from proxy.hosts import DNS_PORT, HostsEntry, Nameserver, read_hosts_file, system_nameservers, system_search
 from proxy.inspector import Bounds, Configuration, Inspector
 from proxy.limits import Limits
 from proxy.listener import Listener
 from proxy.lookups import Lookups
-from proxy.meter import Counts, Totals
+from proxy.metrics.meter import Counts, Totals
 from proxy.original_dst import OriginalDst
 from proxy.own_doors import OwnDoors
 from proxy.record import Peer, Record, Sink, new_id, record_of
@@ -35,7 +35,7 @@ from proxy.upstream_proxy import SiteProxy
 
 if TYPE_CHECKING:
     from proxy.config import UpstreamProxy
-    from proxy.verifier import Verifier
+    from proxy.explicit.verifier import Verifier
 
 NTP_PORT = 123
 SETTLE_S = 0.25

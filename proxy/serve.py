@@ -7,13 +7,13 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from proxy.compiler import compile_policy, request_for
 from proxy.config import Config
-from proxy.doors import DoorTaken, OpenDoor, open_doors
-from proxy.log_target import Target, Turns
+from proxy.log.target import Target, Turns
 from proxy.options import Misused, Unready, checked_upstream_ca, say
 from proxy.record import show_peer
-from proxy.supervisor import Supervisor
+from proxy.service.compiler import compile_policy, request_for
+from proxy.service.doors import DoorTaken, OpenDoor, open_doors
+from proxy.service.supervisor import Supervisor
 
 USAGE, NOT_STARTED = 2, 3
 
@@ -77,7 +77,7 @@ def _check_files(config: Config) -> None:
     """Raises Unready for a file that no worker could use: they would say so late, and each for itself."""
     checked_upstream_ca(config.upstream_ca)
     if config.credentials:
-        from proxy import credentials
+        from proxy.explicit import credentials
 
         try:
             credentials.read_credentials(Path(config.credentials))

@@ -123,11 +123,16 @@ class Part:
         self.samples.append(Sample(done, int(sizes["Rss:"]), int(sizes["Pss:"]), count_fds(self.pid)))
 
     @property
+    def is_fitted(self) -> bool:
+        """It was looked at often enough for the following."""
+        return len(self._second_half()) > 2
+
+    @property
     def slope(self) -> float:
         """KiB for each 1,000 connections, fitted over the second half."""
-        half = self._second_half()
-        if len(half) < 3:
+        if not self.is_fitted:
             return 0.0
+        half = self._second_half()
         return 1000 * statistics.linear_regression([one.done for one in half], [one.rss_kib for one in half]).slope
 
     @property
@@ -329,7 +334,8 @@ class Soak:
             before, after = part.samples[0], part.samples[-1]
             spare = SPARE_PIPES if part.name.startswith("worker") else 0
             self._expect(f"descriptors of {part.name}", partial(count_fds, part.pid), 0, before.fds + spare)
-            print(f"{part.name}: at rest {before}, at the end {after}; {part.slope:+.2f} KiB each 1,000 connections")
+            slope = f"{part.slope:+.2f} KiB" if part.is_fitted else "too short a run to say how many KiB"
+            print(f"{part.name}: at rest {before}, at the end {after}; {slope} each 1,000 connections")
             if part.growth_kib > FLAT_KIB[part.name.partition(" ")[0]]:
                 self.complaints.append(
                     f"the memory of {part.name} grew by {part.growth_kib:.0f} KiB in the second half"

@@ -22,7 +22,7 @@ IMPURE = {
 }  # fmt: skip
 WIRING = {
     "proxy/runtime.py", "proxy/options.py", "proxy/run.py", "proxy/serve.py", "proxy/advisory.py",
-    "proxy/config_reading.py", "proxy/supervisor.py", "proxy/reloading.py", "proxy/compiler.py",
+    "proxy/config/reading.py", "proxy/service/supervisor.py", "proxy/service/reloading.py", "proxy/service/compiler.py",
     "proxy/worker/host.py", "proxy/worker/main.py", "proxy/worker/wiring.py",
 }  # fmt: skip
 ENTRY = {"proxy/cli.py", "proxy/__main__.py"}

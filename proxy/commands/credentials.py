@@ -41,7 +41,13 @@ def credentials() -> None:
 def add(path: Path, name: str, *, generate: bool) -> None:
     """Add NAME, or give it another password: asked for twice, or the first line of standard input."""
     from proxy.console import stop
-    from proxy.credentials import CredentialsError, MalformedCredential, hash_password, parse_name, store_credential
+    from proxy.explicit.credentials import (
+        CredentialsError,
+        MalformedCredential,
+        hash_password,
+        parse_name,
+        store_credential,
+    )
 
     try:
         known_as = parse_name(name)
@@ -66,7 +72,7 @@ def remove(path: Path, name: str) -> None:
     from unicodedata import normalize
 
     from proxy.console import stop
-    from proxy.credentials import CredentialsError, remove_credential
+    from proxy.explicit.credentials import CredentialsError, remove_credential
 
     try:
         was_there = remove_credential(path, normalize("NFC", name))
@@ -83,7 +89,7 @@ def remove(path: Path, name: str) -> None:
 def list_names(path: Path, *, as_json: bool) -> None:
     """Print the names, one a line."""
     from proxy.console import stop
-    from proxy.credentials import CredentialsError, read_credentials
+    from proxy.explicit.credentials import CredentialsError, read_credentials
 
     try:
         names = sorted(read_credentials(path))
@@ -105,7 +111,7 @@ def check(path: Path, name: str | None) -> None:
     from unicodedata import normalize
 
     from proxy.console import stop
-    from proxy.credentials import NOBODY, CredentialsError, read_credentials
+    from proxy.explicit.credentials import NOBODY, CredentialsError, read_credentials
 
     try:
         hashes = read_credentials(path)

@@ -16,7 +16,7 @@ Example:
 def schema(of_gate: bool) -> None:
     """Print the JSON Schema of policy files, or of gate.yaml, for editors that complete and check by it."""
     from policies.schema import schema as policy_schema
-    from proxy.config_file import gate_schema
+    from proxy.config.file import gate_schema
     from proxy.console import Console
 
     Console().json(gate_schema() if of_gate else policy_schema())

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from proxy.commands import USAGE
-from proxy.config_key import PREFIX
-from proxy.config_keys import KEYS
+from proxy.config.key import PREFIX
+from proxy.config.keys import KEYS
 
 EPILOG = """\b
 Each of them but --check is also a variable (--proxy-listen is OUTGATE_PROXY_LISTEN), and a key of gate.yaml:
@@ -68,7 +68,7 @@ def serve(file: str | None, check: bool, **flags: Any) -> None:  # Any: text by 
 
     As gateway or sidecar for connections that the kernel redirects, or as a proxy for clients that know of it.
     """
-    from proxy.config_reading import near_misses, read_config
+    from proxy.config.reading import near_misses, read_config
     from proxy.options import Misused, say
 
     for line in near_misses(os.environ):

@@ -24,7 +24,7 @@ from proxy import child
 from proxy.channel import Channel
 from proxy.child import BackOff, Child
 from proxy.inspector.handover import Configuration, Handover
-from proxy.meter import Totals
+from proxy.metrics.meter import Totals
 from proxy.record import Sink, record_of
 from proxy.wire.client_hello import Alert, render_alert
 

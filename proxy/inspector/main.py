@@ -25,7 +25,7 @@ from proxy.channel import MAX_MESSAGE, Channel
 from proxy.child import die_with, raise_descriptor_limit
 from proxy.compiled import read_policy
 from proxy.inspector.handover import Configuration, Handover
-from proxy.meter import Counts
+from proxy.metrics.meter import Counts
 
 if TYPE_CHECKING:
     from policies.index import Policy

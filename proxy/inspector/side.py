@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from enum import IntFlag
 from typing import Protocol, cast
 
@@ -107,7 +108,8 @@ class Side(asyncio.Protocol):
             if self._holds:
                 self.transport.resume_reading()
             if self.transport.can_write_eof():
-                self.transport.write_eof()
+                with suppress(OSError):  # it has gone meanwhile, and we hear of that next
+                    self.transport.write_eof()
             loop = asyncio.get_running_loop()
             self._lingers = loop.call_later(LINGER_S, self.transport.abort)
         else:

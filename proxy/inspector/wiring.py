@@ -32,7 +32,7 @@ from proxy.hosts import HostsEntry
 from proxy.inspector.core import Core
 from proxy.inspector.handover import Configuration, Handover
 from proxy.inspector.outcome import record_of_lost, record_of_outcome
-from proxy.meter import Counts
+from proxy.metrics.meter import Counts
 from proxy.original_dst import parse_address
 from proxy.own_doors import OwnDoors
 from proxy.record import Sink, new_id

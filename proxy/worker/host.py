@@ -13,9 +13,9 @@ from time import monotonic
 from proxy import child
 from proxy.channel import Carried, Channel
 from proxy.child import BackOff, Child
-from proxy.meter import Totals
+from proxy.metrics.meter import Totals
 from proxy.options import say
-from proxy.status import WorkerState
+from proxy.service.status import WorkerState
 from proxy.worker.messages import (
     Answer,
     Failed,

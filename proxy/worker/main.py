@@ -81,7 +81,7 @@ class _Worker:
             case LogTurns():
                 self._turns = descriptor
             case Configuration() if descriptor is not None:
-                from proxy.config_document import from_document  # here: what fails to load can be told as well
+                from proxy.config.document import from_document  # here: what fails to load can be told as well
                 from proxy.worker.wiring import Serving
 
                 with open(descriptor, "rb") as file:

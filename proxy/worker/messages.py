@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import orjson
 
-from proxy.meter import Snapshot
+from proxy.metrics.meter import Snapshot
 
 # --- from the supervisor ---
 

@@ -10,12 +10,12 @@ from typing import BinaryIO
 from policies.model import Reason
 from proxy.compiled import NotCompiled, read_policy
 from proxy.config import Config, OnLogFailure, SocketAddress
-from proxy.decision_log import open_log
-from proxy.meter import Meter, Totals
+from proxy.explicit.verifier import Verifier
+from proxy.log.decision_log import open_log
+from proxy.metrics.meter import Meter, Totals
 from proxy.options import issuing_pem, new_authority, say
 from proxy.original_dst import redirected_dst
 from proxy.runtime import Gate, Settings
-from proxy.verifier import Verifier
 from proxy.worker.messages import Answer, Judge
 
 

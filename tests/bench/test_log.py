@@ -21,7 +21,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from policies.hostnames import Hostname
 from policies.model import Action, Attempt, Reason, Stage, Verdict
-from proxy.decision_log import open_log
+from proxy.log.decision_log import open_log
 from proxy.record import Record, new_id, record_of
 
 RECORDS, ROUNDS = 20_000, 5

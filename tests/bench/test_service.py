@@ -94,7 +94,7 @@ def test_a_connection_costs_two_workers_what_it_costs_one(
             ratio = statistics.median(found) / one
             benchmark.extra_info[f"{workers} workers, {in_flight} in flight: ratio"] = round(ratio, 3)
             print(
-                f"\n{workers} workers, {in_flight} in flight: {statistics.median(found):.3f} ms of CPU for a connection "
+                f"\n{workers} workers, {in_flight} in flight: {statistics.median(found):.3f} ms of CPU a connection "
                 f"({min(found):.3f} to {max(found):.3f}), {ratio:.2f} times that of one worker (goal 1.1)"
             )
 

@@ -24,7 +24,7 @@ from typing import BinaryIO
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from proxy.compiler import Request, compile_policy
+from proxy.service.compiler import Request, compile_policy
 from tests.proxy.inspecting import get, read_reply
 from tests.proxy.swapping import CARRIED, INSPECTED, Serving, of_app
 

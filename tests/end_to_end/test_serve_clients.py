@@ -22,7 +22,7 @@ from tests.end_to_end.documented import fenced
 from tests.end_to_end.inside_origins import PORTS
 from tests.end_to_end.namespaces import Namespaces, machines
 from tests.end_to_end.placed import CLEAN, Placed, make_authority
-from tests.end_to_end.service import WAIT_S, children, eventually
+from tests.end_to_end.service import children, eventually
 from tests.end_to_end.test_serve_modes import GATEWAY, PAGE
 from tests.end_to_end.world import CHECKOUT, OUTGATE
 
@@ -98,9 +98,7 @@ class Net:
 
     def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         line = self.net.inside("client", command, hosts=self._hosts)
-        return subprocess.Popen(
-            line, cwd=self.directory, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        return subprocess.Popen(line, cwd=self.directory, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, command: Sequence[str]) -> str:
         """What a client prints, which must end well."""
@@ -149,7 +147,9 @@ def net() -> Iterator[Net]:
 def test_curl_speaks_its_version_to_the_origin_and_keeps_its_connection(net: Net, version: str) -> None:
     urls = [f"https://api.example/{name}" for name in ("one", "two", "secret/x", "three")]
     out = [word for url in urls for word in ("-o", "/dev/null", url)]
-    said = net.run([*CURL, f"--http{version}", "-w", "%{http_version} %{http_code} %{num_connects} %header{x-spoken}\n", *out])
+    said = net.run(
+        [*CURL, f"--http{version}", "-w", "%{http_version} %{http_code} %{num_connects} %header{x-spoken}\n", *out]
+    )
     spoken = "2.0" if version == "2" else "1.1"
     assert said.splitlines() == [
         f"{version} 200 1 {spoken}", f"{version} 200 0 {spoken}", f"{version} 403 0 ", f"{version} 200 0 {spoken}",
@@ -362,7 +362,9 @@ def test_a_large_upload_arrives_whole_and_is_never_held(net: Net, version: str) 
         path.write_bytes(b"outgate " * (LARGE // 8))
     net.forget_peak()
     before = net.rss_mib()
-    said = net.run([*CURL, "--max-time", "80", f"--http{version}", "-X", "POST", "-T", str(path), "https://api.example/sum"])
+    said = net.run(
+        [*CURL, "--max-time", "80", f"--http{version}", "-X", "POST", "-T", str(path), "https://api.example/sum"]
+    )
     assert json.loads(said) == {"length": LARGE, "sha256": hashlib.sha256(b"outgate " * (LARGE // 8)).hexdigest()}
     assert net.peak_mib() < before + MAY_GROW_MIB
 

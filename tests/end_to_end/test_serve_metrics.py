@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from proxy.admin import MAX_CONNECTIONS
-from proxy.metric_table import METRICS, OTHER
+from proxy.metrics.table import METRICS, OTHER
+from proxy.service.admin import MAX_CONNECTIONS
 from tests.end_to_end.service import Address, Service, eventually
 from tests.proxy import gates
 

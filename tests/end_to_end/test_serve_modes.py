@@ -24,7 +24,7 @@ from tests.end_to_end.documented import command, fenced
 from tests.end_to_end.namespaces import Namespaces, machines
 from tests.end_to_end.placed import Origin, Placed, make_authority, origin
 from tests.end_to_end.service import eventually, is_gone
-from tests.end_to_end.world import CHECKOUT, OUTGATE
+from tests.end_to_end.world import OUTGATE
 from tests.sandbox_user import ORDINARY_UID, as_user
 
 pytestmark = [
@@ -90,7 +90,9 @@ class Lab:
         self.origin: Origin = stack.enter_context(origin(net, directory, marker_from=router))
         self.trust = make_authority(directory)
 
-    def meets(self, machine: str, arguments: list[str], exits: set[int], status: str, *, uid: int | None = None) -> None:
+    def meets(
+        self, machine: str, arguments: list[str], exits: set[int], status: str, *, uid: int | None = None
+    ) -> None:
         """curl ends with one of these exit statuses, and with this HTTP status."""
         line = [*CURL, "--cacert", str(self.trust), "-o", "/dev/null", "-w", "%{http_code}", *arguments]
         line = line if uid is None else as_user(line, uid)
@@ -117,7 +119,10 @@ def gateway() -> Iterator[Lab]:
             net.address(machine, "eth0", f"{four}/24", f"{six}/64")
             net.default(machine, BRIDGE4, BRIDGE6)
         net.forward("gateway")
-        net.rules("gateway", 'table inet docker { chain out { type nat hook postrouting priority srcnat; oifname "out" masquerade; }; }')
+        net.rules(
+            "gateway",
+            'table inet docker { chain out { type nat hook postrouting priority srcnat; oifname "out" masquerade; }; }',
+        )
         lab = Lab(net, directory, "gateway", stack)
         (directory / "policy.yaml").write_text(POLICY)
         yield lab

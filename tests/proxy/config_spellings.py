@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from proxy.config_key import ConfigKey, Many
-from proxy.config_keys import KEYS
+from proxy.config.key import ConfigKey, Many
+from proxy.config.keys import KEYS
 from tests.policies.trees import read_python
 
 NEEDS: Mapping[str, Mapping[str, object]] = {

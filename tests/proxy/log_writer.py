@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from proxy.decision_log import DecisionLog, open_log
+from proxy.log.decision_log import DecisionLog, open_log
 
 AHEAD = 64  # records; a queue that overflows is another test's
 

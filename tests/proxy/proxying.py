@@ -16,12 +16,12 @@ from typing import Any
 from policies.engine import identify
 from policies.index import Policy
 from policies.model import Address
-from proxy.credentials import hash_password, store_credential
-from proxy.explicit import Entrance
+from proxy.explicit.credentials import hash_password, store_credential
+from proxy.explicit.entrance import Entrance
+from proxy.explicit.verifier import Verifier
 from proxy.limits import Limits
 from proxy.record import Record
 from proxy.resolver import Resolution
-from proxy.verifier import Verifier
 from tests.builders import policy
 from tests.proxy.gates import PATIENCE_S, Gate, eventually, gate
 

@@ -20,7 +20,7 @@ from policies.index import Policy
 from policies.tree import Source
 from proxy.compiled import write_policy
 from proxy.hosts import HostsEntry
-from proxy.meter import Totals
+from proxy.metrics.meter import Totals
 from proxy.original_dst import Destination
 from proxy.policy_files import load_sources
 from proxy.record import Record

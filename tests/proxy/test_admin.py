@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy import admin as admin_module
-from proxy.admin import (
+from proxy.service import admin as admin_module
+from proxy.service.admin import (
     LIFETIME_S,
     MAX_BODY,
     MAX_CONNECTIONS,
@@ -31,7 +31,7 @@ from proxy.admin import (
     open_admin,
     read_token,
 )
-from proxy.status import ReloadOutcome, ReloadResult
+from proxy.service.status import ReloadOutcome, ReloadResult
 from tests.proxy.gates import PATIENCE_S, eventually
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -16,8 +16,8 @@ from policies.hostnames import Hostname
 from policies.model import Attempt, Reason, Stage
 from proxy import own_code
 from proxy.compiled import read_policy
-from proxy.compiler import MAX_LINES, Report, Request, compile_policy
 from proxy.options import Misused, Unready
+from proxy.service.compiler import MAX_LINES, Report, Request, compile_policy
 from tests.proxy.commands_of import invoke
 
 HEAD = "version: 1\nworkloads:\n  app:\n    rules:\n"

@@ -12,9 +12,9 @@ import pytest
 
 from policies.hostnames import Hostname, Pattern
 from proxy.config import Config, Door, GateMode, OnLogFailure, UpstreamProxy
-from proxy.config_key import ConfigKey
-from proxy.config_keys import KEYS
-from proxy.config_reading import near_misses, read_config
+from proxy.config.key import ConfigKey
+from proxy.config.keys import KEYS
+from proxy.config.reading import near_misses, read_config
 from proxy.hosts import HostsEntry
 from proxy.inspector.handover import Bounds
 from proxy.limits import Limits

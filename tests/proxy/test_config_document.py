@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from policies.hostnames import Hostname, Pattern
 from proxy.config import Config, GateMode, OnLogFailure, UpstreamProxy
-from proxy.config_document import from_document, to_document
+from proxy.config.document import from_document, to_document
 from proxy.hosts import HostsEntry
 from proxy.inspector.handover import Bounds
 from proxy.limits import Limits

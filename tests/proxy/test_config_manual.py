@@ -17,11 +17,11 @@ from policies.keys import Scope, Wrong
 from policies.tree import Source, parse
 from proxy.commands.serve import serve
 from proxy.config import Config, GateMode
-from proxy.config_file import gate_schema, read_gate
-from proxy.config_key import ConfigKey
-from proxy.config_keys import KEYS
-from proxy.config_manual import example, manual
-from proxy.config_reading import read_config
+from proxy.config.file import gate_schema, read_gate
+from proxy.config.key import ConfigKey
+from proxy.config.keys import KEYS
+from proxy.config.manual import example, manual
+from proxy.config.reading import read_config
 from tests.policies.trees import read_python
 from tests.proxy.config_spellings import ids, in_file
 
@@ -36,7 +36,7 @@ def read(text: str) -> None:
 def test_the_manual_is_the_one_that_the_table_gives() -> None:
     kept = (DOCS / "configuration.md").read_text()
 
-    assert kept == manual(), "a key changed: python -m proxy.config_manual > docs/configuration.md"
+    assert kept == manual(), "a key changed: python -m proxy.config.manual > docs/configuration.md"
 
 
 def test_the_schema_is_the_one_that_the_table_gives() -> None:
@@ -46,7 +46,7 @@ def test_the_schema_is_the_one_that_the_table_gives() -> None:
 
 
 def test_the_manual_is_written_as_it_says_itself() -> None:
-    command = [sys.executable, "-m", "proxy.config_manual"]
+    command = [sys.executable, "-m", "proxy.config.manual"]
     done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True, timeout=60, check=True)
 
     assert " ".join(command[1:]) in done.stdout

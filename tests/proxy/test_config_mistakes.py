@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.config_key import ConfigKey
-from proxy.config_keys import KEYS
-from proxy.config_reading import read_config
+from proxy.config.key import ConfigKey
+from proxy.config.keys import KEYS
+from proxy.config.reading import read_config
 from proxy.options import Misused
 
 POLICY: Mapping[str, object] = {"policy": ("p.yaml",)}

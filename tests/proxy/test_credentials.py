@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.commands.credentials import credentials
-from proxy.credentials import (
+from proxy.explicit.credentials import (
     CredentialsError,
     MalformedCredential,
     PasswordHash,

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from policies.model import Action, Attempt, Reason, Stage, Verdict
-from proxy import decision_log
-from proxy.decision_log import DecisionLog, open_log
-from proxy.log_target import Target, Turns
+from proxy.log import decision_log
+from proxy.log.decision_log import DecisionLog, open_log
+from proxy.log.target import Target, Turns
 from proxy.record import Record, describe, hide_query_values, new_id, record_of
 from tests.proxy.gates import PATIENCE_S, eventually
 

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
-from proxy import doors
 from proxy.config import Config, SocketAddress
-from proxy.doors import DoorTaken, OpenDoor, open_doors, open_sockets
+from proxy.service import doors
+from proxy.service.doors import DoorTaken, OpenDoor, open_doors, open_sockets
 
 LOOPBACK: SocketAddress = ("127.0.0.1", 0)
 CONNECTIONS = 200

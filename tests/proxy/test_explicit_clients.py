@@ -19,13 +19,13 @@ import trustme
 from pki.authority import certificates_pem, create_authority, key_pem
 from policies.hostnames import Hostname
 from policies.tree import Source
-from proxy.credentials import hash_password, store_credential
+from proxy.explicit.credentials import hash_password, store_credential
+from proxy.explicit.verifier import Verifier
 from proxy.hosts import HostsEntry
 from proxy.original_dst import redirected_dst
 from proxy.policy_files import load_sources
 from proxy.record import Record
 from proxy.runtime import Gate, Settings
-from proxy.verifier import Verifier
 from tests.proxy.gates import Loop, eventually
 from tests.proxy.inspecting import Origin, response
 from tests.proxy.proxying import Client, authorization, get

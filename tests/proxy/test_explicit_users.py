@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from addons.credential import is_sealed
-from proxy.credentials import hash_password, remove_credential, store_credential
+from proxy.explicit.credentials import hash_password, remove_credential, store_credential
+from proxy.explicit.verifier import MAX_GUESSES
 from proxy.limits import Limits
-from proxy.verifier import MAX_GUESSES
 from tests.builders import policy
 from tests.proxy.gates import at, eventually, origin, read_exactly
 from tests.proxy.hellos import hello
@@ -242,7 +242,7 @@ def test_guesses_beyond_a_few_are_not_even_queued(tmp_path: Path) -> None:
 
 
 def test_removed_user_is_refused_and_a_new_one_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.verifier.LOOK_S", 0.0)
+    monkeypatch.setattr("proxy.explicit.verifier.LOOK_S", 0.0)
     with proxy(tmp_path, users=USERS) as it:
         assert it.ask(connect("x.example:443", ANN)).status == 403
         remove_credential(it.users, "ann")

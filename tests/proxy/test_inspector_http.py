@@ -408,7 +408,7 @@ def test_an_origin_that_speaks_before_it_was_asked_is_not_believed(tmp_path: Pat
         really_open = rig.core.upstream.open
 
         async def open_and_hear(
-            conversation: Conversation, protocol: Callable[[], asyncio.BaseProtocol], *, http2: bool
+            conversation: Conversation, protocol: Callable[[], asyncio.BaseProtocol], *, http2: bool = False
         ) -> asyncio.Transport:
             transport = await really_open(conversation, protocol, http2=http2)
             side = protocol()

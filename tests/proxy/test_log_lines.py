@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from proxy.log_lines import renderer
+from proxy.log.lines import renderer
 from proxy.record import Record
 
 DENIAL: Record = {

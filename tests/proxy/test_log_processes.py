@@ -16,7 +16,7 @@ from termios import FIONREAD
 
 import pytest
 
-from proxy.log_target import Turns, share_turns
+from proxy.log.target import Turns, share_turns
 from tests.proxy.gates import PATIENCE_S, eventually
 from tests.proxy.log_writer import AHEAD
 

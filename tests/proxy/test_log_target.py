@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.log_target import Target, Turns, share_turns
+from proxy.log.target import Target, Turns, share_turns
 
 ANOTHER = 1  # a process id that is not ours
 
@@ -203,7 +203,7 @@ class TestPipe:
 def test_turn_that_a_killed_process_held_is_free() -> None:
     shared = share_turns()
     script = (
-        "import sys, time\nfrom proxy.log_target import Turns\nturns = Turns(int(sys.argv[1]))\n"
+        "import sys, time\nfrom proxy.log.target import Turns\nturns = Turns(int(sys.argv[1]))\n"
         "with turns.take():\n    turns.torn_by = 7\n    print('mine', flush=True)\n    time.sleep(60)\n"
     )
     command = [sys.executable, "-c", script, str(shared)]
@@ -227,7 +227,7 @@ def test_turn_that_a_killed_process_held_is_free() -> None:
 
 
 CLOSED = """
-from proxy.log_target import Target, Turns
+from proxy.log.target import Target, Turns
 try:
     Target(%r, Turns())
 except OSError as error:

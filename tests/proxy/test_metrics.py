@@ -27,13 +27,13 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 from policies.hostnames import Hostname
 from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy.hosts import HostsEntry
-from proxy.meter import Counts, Meter, Snapshot, Totals, merge
-from proxy.metric_table import METRICS, OTHER, Kind, Lookup, Part, metric_of
-from proxy.metrics import render
-from proxy.processes import Processes, read_usage
+from proxy.metrics.meter import Counts, Meter, Snapshot, Totals, merge
+from proxy.metrics.page import render
+from proxy.metrics.table import METRICS, OTHER, Kind, Lookup, Part, metric_of
 from proxy.record import Record, record_of
 from proxy.relays.stream import End
 from proxy.resolver import NameNotFound, Resolver, ResolverFailed
+from proxy.service.processes import Processes, read_usage
 from tests.builders import rules
 from tests.proxy.gates import PATIENCE_S, at, eventually, gate, origin
 from tests.proxy.nameserver import Script, reply, serving, soa, zone

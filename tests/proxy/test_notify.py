@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proxy.notify import Notifier
+from proxy.service.notify import Notifier
 
 
 @pytest.fixture

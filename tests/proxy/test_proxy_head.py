@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.hostnames import Hostname
-from proxy.credentials import MAX_NAME, MAX_PASSWORD
+from proxy.explicit.credentials import MAX_NAME, MAX_PASSWORD
 from proxy.wire.proxy_head import Authority, MalformedHead, ProxyHead, parse_credentials, parse_head
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy.config_key import Group
-from proxy.config_keys import KEYS
+from proxy.config.key import Group
+from proxy.config.keys import KEYS
 from tests.proxy.commands_of import WEATHER, invoke, write
 
 PASSED = "version: 1\nworkloads:\n  app:\n    rules:\n      - host: api.example\n"

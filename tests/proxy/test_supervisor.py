@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import reloading
-from proxy import supervisor as supervising
-from proxy.compiler import compile_policy
 from proxy.config import Config, GateMode, OnLogFailure
-from proxy.doors import OpenDoor, open_doors
 from proxy.options import Unready
-from proxy.status import ReloadOutcome, ReloadResult
-from proxy.supervisor import Supervisor
+from proxy.service import reloading
+from proxy.service import supervisor as supervising
+from proxy.service.compiler import compile_policy
+from proxy.service.doors import OpenDoor, open_doors
+from proxy.service.status import ReloadOutcome, ReloadResult
+from proxy.service.supervisor import Supervisor
 from proxy.worker import host
 from proxy.worker.messages import (
     Answer,

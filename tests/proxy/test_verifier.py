@@ -12,9 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from proxy import verifier as module
-from proxy.credentials import NOBODY, CredentialsError, PasswordHash, hash_password, remove_credential, store_credential
-from proxy.verifier import AT_ONCE, MAX_GUESSES, TooManyGuesses, Verifier
+from proxy.explicit import verifier as module
+from proxy.explicit.credentials import (
+    NOBODY,
+    CredentialsError,
+    PasswordHash,
+    hash_password,
+    remove_credential,
+    store_credential,
+)
+from proxy.explicit.verifier import AT_ONCE, MAX_GUESSES, TooManyGuesses, Verifier
 
 SOURCE = ip_address("192.0.2.1")
 ANN = ("ann", "secret")

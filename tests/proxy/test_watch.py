@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from proxy import watch
-from proxy.watch import Look, Watch, look
+from proxy.service import watch
+from proxy.service.watch import Look, Watch, look
 
 WAIT_S = 15.0
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from itertools import product
 
 from policies.model import Action, Reason, Stage
-from proxy.status import ReloadOutcome, WorkerState
+from proxy.service.status import ReloadOutcome, WorkerState
 
 OTHER = "other"
 _SEPARATOR = "|"  # in no name and no label value

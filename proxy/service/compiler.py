@@ -1,7 +1,7 @@
 """Reads and compiles the policy in a process of its own, so that a reload takes nothing from connections or supervisor.
 
-`compile_policy` is the supervisor's side: it holds no policy, only the memory that the process wrote it to. The process
-is `python -m proxy.compiler FD PARENT`: one request comes over the socket FD, one report and the policy go back.
+`compile_policy` is the supervisor's side: it holds no policy, only the memory that the process wrote it to. To the
+process one request comes over its socket; one report and the policy go back.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ async def compile_policy(request: Request, deadline_s: float = LOAD_S) -> tuple[
 
     try:
         asked = child.memory(json.dumps(asdict(request)).encode(), "request")
-        process = child.start("proxy.compiler")
+        process = child.start("proxy.service.compiler")
     except OSError as error:
         raise Unready(f"the compiler did not start: {error.strerror or error}") from error
     channel = Channel(process.sock, received=answer, closed=lambda: answer(b"", None))
@@ -117,7 +117,7 @@ async def compile_policy(request: Request, deadline_s: float = LOAD_S) -> tuple[
 
 
 def main() -> None:
-    """`python -m proxy.compiler FD PARENT`."""
+    """`python -m proxy.service.compiler FD PARENT`."""
     descriptor, parent = map(int, sys.argv[1:])
     gc.disable()  # the process is gone before there is anything to collect
     child.die_with(parent)

@@ -6,10 +6,10 @@ What several keys mean together is in `config_reading`.
 from __future__ import annotations
 
 from policies.keys import choice, line
-from proxy import config_values as values
 from proxy.config import MAX_WORKERS, GateMode, OnLogFailure
-from proxy.config_key import ConfigKey, Group, Many
-from proxy.config_limits import LIMITS
+from proxy.config import values as values
+from proxy.config.key import ConfigKey, Group, Many
+from proxy.config.limit_keys import LIMITS
 
 KEYS = (
     ConfigKey(

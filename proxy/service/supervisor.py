@@ -18,24 +18,24 @@ from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING
 
 from proxy.child import memory
-from proxy.compiler import request_for
 from proxy.config import Config, OnLogFailure, SocketAddress
-from proxy.config_document import to_document
-from proxy.doors import OpenDoor
-from proxy.log_target import share_turns
-from proxy.meter import Counts, Number, Totals, merge
-from proxy.metric_table import METRICS
-from proxy.notify import Notifier
+from proxy.config.document import to_document
+from proxy.log.target import share_turns
+from proxy.metrics.meter import Counts, Number, Totals, merge
+from proxy.metrics.table import METRICS
 from proxy.options import Unready, say
-from proxy.processes import Processes
-from proxy.reloading import Reloads
-from proxy.status import ReloadResult, WorkerState
-from proxy.watch import Watch
+from proxy.service.compiler import request_for
+from proxy.service.doors import OpenDoor
+from proxy.service.notify import Notifier
+from proxy.service.processes import Processes
+from proxy.service.reloading import Reloads
+from proxy.service.status import ReloadResult, WorkerState
+from proxy.service.watch import Watch
 from proxy.worker.host import Sent, Worker
 from proxy.worker.messages import Configuration, Door, LogTurns, Reopen
 
 if TYPE_CHECKING:
-    from proxy.admin import Admin
+    from proxy.service.admin import Admin
 
 ASK_S = 1.0
 
@@ -120,7 +120,10 @@ class Supervisor:
     async def _open_admin(self) -> None:
         if self._config.admin is None or self._admin:
             return
-        from proxy.admin import AdminFailed, open_admin  # here: it brings a web server, which not every gate has
+        from proxy.service.admin import (  # here: it brings a web server, which not every gate has
+            AdminFailed,
+            open_admin,
+        )
 
         try:
             self._admin = await open_admin(self._config.admin, self, token_file=self._config.admin_token, log=say)
@@ -210,7 +213,7 @@ class Supervisor:
         return found
 
     async def metrics(self, openmetrics: bool) -> bytes:
-        from proxy.metrics import render
+        from proxy.metrics.page import render
 
         pids = [worker.pid for worker in self._workers if worker.pid]
         counted = merge((self._totals.sum(), self._counts.snapshot(), self._processes.look(pids)))

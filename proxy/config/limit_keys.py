@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from proxy.config_key import ConfigKey, Group
-from proxy.config_values import seconds, whole
+from proxy.config.key import ConfigKey, Group
+from proxy.config.values import seconds, whole
 
 MAX_CONNECTIONS = 1_000_000  # descriptors of a process end there by default (fs.nr_open)
 WEEK_S = 7 * 86400.0

@@ -14,10 +14,10 @@ from policies.model import Place
 from policies.spelling import nearest
 from policies.tree import ListNode, Node, Scalar, Source, parse
 from proxy.config import Config, GateMode, SocketAddress, UpstreamProxy
-from proxy.config_file import read_gate
-from proxy.config_key import PREFIX, ConfigKey
-from proxy.config_keys import BY_PATH, KEYS
-from proxy.config_values import STDERR
+from proxy.config.file import read_gate
+from proxy.config.key import PREFIX, ConfigKey
+from proxy.config.keys import BY_PATH, KEYS
+from proxy.config.values import STDERR
 from proxy.options import Misused
 from proxy.record import show_peer
 

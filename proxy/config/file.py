@@ -9,8 +9,8 @@ from typing import Any
 from policies.keys import Json, Key, Scope, Shape, Table, snake
 from policies.model import Place
 from policies.tree import Node
-from proxy.config_key import ConfigKey
-from proxy.config_keys import BY_PATH, KEYS, PARTS
+from proxy.config.key import ConfigKey
+from proxy.config.keys import BY_PATH, KEYS, PARTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable, Mapping
 
 from policies.model import Action, Reason
-from proxy.metric_table import METRICS, Kind, Lookup, metric_of
+from proxy.metrics.table import METRICS, Kind, Lookup, metric_of
 from proxy.record import Record, Sink
 
 type Number = int | float

@@ -20,7 +20,7 @@ from ipaddress import IPv6Address
 from pathlib import Path
 
 from policies.model import Address
-from proxy.credentials import NOBODY, CredentialsError, read_credentials
+from proxy.explicit.credentials import NOBODY, CredentialsError, read_credentials
 from proxy.wire.proxy_head import parse_credentials
 
 AT_ONCE = 2  # verifications: each takes a core and 16 MiB

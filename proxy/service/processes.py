@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from proxy.meter import Number, Snapshot, Totals
-from proxy.metric_table import METRICS, Part
+from proxy.metrics.meter import Number, Snapshot, Totals
+from proxy.metrics.table import METRICS, Part
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")

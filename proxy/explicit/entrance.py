@@ -37,7 +37,7 @@ from proxy.wire.proxy_head import MAX_HEAD, MalformedHead, ProxyHead, parse_head
 from proxy.wire.proxy_protocol import MalformedProxyHeader, parse_proxy_header
 
 if TYPE_CHECKING:  # 5 ms that a proxy without credentials, as in `outgate run`, does not spend
-    from proxy.verifier import Verifier
+    from proxy.explicit.verifier import Verifier
 
 UNAUTHENTICATED = 407
 MAX_TRIES = 8  # heads of one connection that are answered 407
@@ -147,7 +147,7 @@ class Caller(Peeking):
             self._verification = asyncio.get_running_loop().create_task(verifying)
 
     async def _verify(self, verifier: Verifier, head: ProxyHead, authorization: bytes) -> None:
-        from proxy.verifier import TooManyGuesses
+        from proxy.explicit.verifier import TooManyGuesses
 
         try:
             try:

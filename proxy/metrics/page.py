@@ -15,9 +15,9 @@ from prometheus_client.openmetrics.exposition import generate_latest as openmetr
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from proxy import metric_table
-from proxy.meter import Snapshot
-from proxy.metric_table import METRICS, Kind, metric_of
+from proxy.metrics import table as metric_table
+from proxy.metrics.meter import Snapshot
+from proxy.metrics.table import METRICS, Kind, metric_of
 
 type Info = Mapping[str, Mapping[str, str]]  # by metric of the kind INFO: its labels
 

@@ -1,4 +1,4 @@
-"""docs/configuration.md, from the table of keys: `python -m proxy.config_manual > docs/configuration.md`."""
+"""docs/configuration.md, from the table of keys: `python -m proxy.config.manual > docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import groupby
 from operator import attrgetter
 
 from proxy.config import Config, GateMode, SocketAddress
-from proxy.config_key import ConfigKey
-from proxy.config_keys import KEYS, PARTS
+from proxy.config.key import ConfigKey
+from proxy.config.keys import KEYS, PARTS
 from proxy.record import show_peer
 
 WIDTH = 120
@@ -18,7 +18,7 @@ INTRODUCTION = f"""\
 # The configuration of a gate
 
 Everything that `outgate serve` can be told besides the policy. Generated from the table that reads it
-(`proxy/config_keys.py`); after a change there: `python -m proxy.config_manual > docs/configuration.md` and
+(`proxy/config/keys.py`); after a change there: `python -m proxy.config.manual > docs/configuration.md` and
 `outgate schema --gate > docs/gate.schema.json`.
 
 Each key can be said in three ways, and the first of these that says it wins, key by key:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from proxy.compiled import duplicate
-from proxy.compiler import NICENESS, Report, Request, compile_policy
-from proxy.meter import Counts
+from proxy.metrics.meter import Counts
 from proxy.options import Unready, say
-from proxy.status import ReloadOutcome, ReloadResult
+from proxy.service.compiler import NICENESS, Report, Request, compile_policy
+from proxy.service.status import ReloadOutcome, ReloadResult
 from proxy.worker.host import RETRY_S, Sent, Worker
 from proxy.worker.messages import Judge
 

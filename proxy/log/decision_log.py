@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from math import inf
 from typing import Any
 
-from proxy.log_lines import Render, renderer
-from proxy.log_target import Target, Turns
+from proxy.log.lines import Render, renderer
+from proxy.log.target import Target, Turns
 from proxy.record import Record
 
 QUEUE_LIMIT = 65536  # records: a log that stalls must not grow our memory

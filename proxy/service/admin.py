@@ -21,7 +21,7 @@ import orjson
 from aiohttp import web
 
 from proxy.record import Peer, show_peer
-from proxy.status import ReloadOutcome, ReloadResult, Status
+from proxy.service.status import ReloadOutcome, ReloadResult, Status
 
 LIFETIME_S = 30.0  # of one connection, whatever it does: slow heads, slow bodies, slow readers, silence
 REPLY_S = 20.0  # a reload that takes longer is answered with 202 and goes on

@@ -1,0 +1,1 @@
+"""The explicit proxy: who asks, by which credentials, and for what."""
