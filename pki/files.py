@@ -1,14 +1,40 @@
-"""Files that are replaced whole or not at all, also when the power fails. It does not know what stands in them."""
+"""Files that are replaced whole or not at all, also when the power fails; and secrets, which are read only where they
+are one. It does not know what stands in them."""
 
 from __future__ import annotations
 
 import errno
 import os
 import secrets
+import shlex
+import stat
 from pathlib import Path
 
 PUBLIC = 0o644
 SECRET = 0o600
+
+
+class UnusableSecret(Exception):
+    """A file of secrets that must not or cannot be used. `str()` has the path and the repair, nothing of its content."""
+
+
+def read_secret(path: Path | str, most: int, *, shows: str = "it", holds: str = "it") -> bytes:
+    """The file at `path`, which is its owner's alone; of a larger one `most` + 1 bytes. Raises UnusableSecret.
+
+    The messages say that others are shown `shows`, and that a file must be named which `holds` it.
+    """
+    try:
+        # O_NONBLOCK: a pipe that nobody writes to would hold a gate's loop for ever
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # of the very file that is read: a path could name another one then
+            if not stat.S_ISREG(mode):
+                raise UnusableSecret(f"{path}: not a file; name one that holds {holds}")
+            if mode & 0o077:
+                shown = f"mode {stat.S_IMODE(mode):04o} shows {shows} to others"
+                raise UnusableSecret(f"{path}: {shown}; run: chmod 600 {shlex.quote(str(path))}")
+            return file.read(most + 1)
+    except OSError as error:
+        raise UnusableSecret(f"{path}: {error.strerror}; restore it, or run as its owner") from error
 
 
 def write_file(path: Path, content: bytes, mode: int) -> None:

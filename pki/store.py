@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,12 +22,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from pki.authority import Authority, Issuing, Root, certificate_id, certificates_pem, key_pem
-from pki.files import PUBLIC, SECRET, repair, sync_directory, write_file
+from pki.files import PUBLIC, SECRET, UnusableSecret, read_secret, repair, sync_directory, write_file
 
 VERSION = 1
 STATE = "state.json"
 LOCK = ".lock"
 CERTIFICATE, KEY, CHAIN = "ca.crt", "ca.key", "chain.pem"
+MAX_KEY = 1 << 16  # bytes; what is longer is no key
 
 _ID = re.compile(r"[0-9a-f]{16}")  # becomes a path: nothing else may stand in state.json
 
@@ -188,26 +188,14 @@ def _certificates(path: Path) -> tuple[x509.Certificate, ...]:
 
 def _key(path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        key = load_pem_private_key(_read_secret(path), password=None)
+        key = load_pem_private_key(read_secret(path, MAX_KEY, shows="the key"), password=None)
+    except UnusableSecret as error:
+        raise StoreError(str(error)) from error
     except (ValueError, TypeError) as error:  # TypeError: it is encrypted
         raise StoreError(f"{path}: no unencrypted PEM key; restore it from a copy") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise StoreError(f"{path}: not an elliptic curve key, the only kind a store holds")
     return key
-
-
-def _read_secret(path: Path) -> bytes:
-    """Looks at the mode of the very file that is read: a path could name another one a moment later."""
-    try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
-            if mode & 0o077:
-                raise StoreError(
-                    f"{path}: mode {mode:04o} shows the key to others; run: chmod 600 {shlex.quote(str(path))}"
-                )
-            return file.read()
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; restore it, or run as its owner") from error
 
 
 def _read(path: Path, advice: str = "restore it, or run as its owner") -> bytes:

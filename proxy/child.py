@@ -19,6 +19,7 @@ from typing import IO
 from proxy import own_code
 
 _PR_SET_PDEATHSIG = 1
+_DOUBLINGS = 32  # 2.0**1024 is an OverflowError, after three hours of failures: who starts it again would be lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ class BackOff:
         """It ended, or could not be started. Returns the pause until it may be started, in seconds."""
         if monotonic() - self._started > self._settled_s:
             self.failures = 0
-        pause_s = min(self._first_s * 2.0**self.failures, self._longest_s)
+        pause_s = min(self._first_s * 2.0 ** min(self.failures, _DOUBLINGS), self._longest_s)
         self.failures += 1
         self._not_before = monotonic() + pause_s
         return pause_s

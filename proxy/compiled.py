@@ -28,9 +28,8 @@ KNOWN = 4096  # answers kept ready, absent keys among them: names that nobody as
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 _MAGIC = b"outgate policy 1" + SHAPE
-_HEAD = struct.Struct(
-    f"={len(_MAGIC)}s5Q"
-)  # where the head's row is, the rows' offsets, the tables, the slots; their count
+# where the head's row is, the rows' offsets, the tables, the slots; their count
+_HEAD = struct.Struct(f"={len(_MAGIC)}s5Q")
 _OFFSET = struct.Struct("=Q")  # of a row
 _SIZE = struct.Struct("=I")  # of a row, which follows
 _TABLE = struct.Struct("=QQ")  # offset of the first entry, how many there are

@@ -1,4 +1,4 @@
-"""The decision record: one flat mapping per attempt, the same names everywhere. Writing it is `decision_log`'s work.
+"""The decision record: one flat mapping per attempt, the same names everywhere. Writing it is `log`'s work.
 
 Names follow OpenTelemetry's semantic conventions where they exist. Never a header value, a body or a secret; the values
 of a query are replaced by a keyed hash unless the workload's policy says `logQuery: true`.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import shlex
 import socket
-import stat
 from collections.abc import Callable, Collection, Sequence
 from ipaddress import ip_address, ip_network
 from math import inf
 from typing import TYPE_CHECKING
 
 from addons.judge import Unreachable
+from pki.files import UnusableSecret, read_secret
 from policies.addresses import PrefixMap
 from policies.engine import admit
 from policies.hostnames import Hostname, Pattern, parents, parse_hostname, parse_pattern
@@ -134,18 +132,9 @@ class SiteProxy:
 def read_credentials(path: str) -> bytes:
     """`NAME:PASSWORD`, the one line of the file. Raises CredentialsUnusable."""
     try:
-        # O_NONBLOCK: a pipe that nobody writes to would hold the gate's loop for ever
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())  # of the very file that is read
-            if not stat.S_ISREG(status.st_mode):
-                raise CredentialsUnusable(f"{path}: not a file; name one that holds NAME:PASSWORD")
-            mode = stat.S_IMODE(status.st_mode)
-            if mode & 0o077:
-                repair = f"run: chmod 600 {shlex.quote(path)}"
-                raise CredentialsUnusable(f"{path}: mode {mode:04o} shows the password to others; {repair}")
-            text = file.read(MAX_CREDENTIALS + 1)
-    except OSError as error:
-        raise CredentialsUnusable(f"{path}: {error.strerror}; restore it, or run as its owner") from error
+        text = read_secret(path, MAX_CREDENTIALS, shows="the password", holds="NAME:PASSWORD")
+    except UnusableSecret as error:
+        raise CredentialsUnusable(str(error)) from error
     line = text.removesuffix(b"\n").removesuffix(b"\r")
     if len(text) > MAX_CREDENTIALS or not _CREDENTIALS.fullmatch(line):
         raise CredentialsUnusable(f"{path}: not NAME:PASSWORD in one line; write just that")

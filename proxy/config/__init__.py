@@ -1,6 +1,6 @@
 """What the operator says besides the policy: one model for flags, `OUTGATE_*` variables and `gate.yaml`.
 
-It knows values, not how they are written (`config_keys`) and not what is done with them.
+It knows values, not how they are written (`keys`, `values`) and not what is done with them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _bounds() -> Bounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One gate. Paths are absolute; what a key means to the operator stands in docs/configuration.md."""
+    """One gate. Paths are absolute, but those of policies and tags; what a key means to the operator stands in docs/configuration.md."""
 
     mode: GateMode = GateMode.GATEWAY
     policy: tuple[str, ...]

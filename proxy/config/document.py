@@ -7,8 +7,7 @@ from dataclasses import asdict, fields
 from ipaddress import ip_address, ip_network
 from typing import Any
 
-from policies.hostnames import Hostname, Pattern
-from policies.model import Network
+from policies.hostnames import Hostname
 from proxy.config import Config, GateMode, OnLogFailure, SocketAddress, UpstreamProxy
 from proxy.hosts import HostsEntry
 from proxy.limits import Limits
@@ -29,7 +28,8 @@ def to_document(config: Config) -> dict[str, object]:
 
 def from_document(document: Mapping[str, Any]) -> Config:
     """What `to_document` gave, also by way of JSON text."""
-    from proxy.inspector.handover import Bounds
+    from proxy.inspector.handover import Bounds  # here: the supervisor only writes
+    from proxy.upstream_proxy import parse_direct
 
     proxy = document["upstream_proxy"]
     read = {
@@ -44,7 +44,7 @@ def from_document(document: Mapping[str, Any]) -> Config:
             Hostname(name): HostsEntry(tuple(map(ip_address, addresses)), port)
             for name, addresses, port in document["hosts"]
         },
-        "upstream_proxy": proxy and UpstreamProxy(proxy[0], proxy[1], proxy[2], tuple(map(_direct, proxy[3]))),
+        "upstream_proxy": proxy and UpstreamProxy(proxy[0], proxy[1], proxy[2], tuple(map(parse_direct, proxy[3]))),
         "on_log_failure": OnLogFailure(document["on_log_failure"]),
         "admin": document["admin"] and tuple(document["admin"]),
         "limits": Limits(**document["limits"]),
@@ -55,9 +55,3 @@ def from_document(document: Mapping[str, Any]) -> Config:
 
 def _addresses(found: list[list[Any]] | None) -> tuple[SocketAddress, ...] | None:
     return None if found is None else tuple((address, port) for address, port in found)
-
-
-def _direct(text: str) -> Pattern | Network:
-    if "/" in text:  # a prefix is always written with its length
-        return ip_network(text)
-    return Pattern(Hostname(text.removeprefix("*.")), wildcard=text.startswith("*."))

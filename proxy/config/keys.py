@@ -1,6 +1,6 @@
 """The table of everything an operator can say to a gate. Flags, variables, gate.yaml, its schema and the manual are it.
 
-What several keys mean together is in `config_reading`.
+What several keys mean together is in `reading`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from proxy.options import Misused
 from proxy.record import show_peer
 
 CONFIG_VARIABLE = PREFIX + "CONFIG"
+CITED = frozenset({"policy", "tags"})  # a rule is cited by its file as the operator named it
 # What Kubernetes sets in a pod for every Service whose name begins with `outgate`.
 _SERVICE_LINK = re.compile(r"(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_[0-9]+_\w+)?)")
 _UNQUOTED_IPV6 = re.compile(r"""(?<!["'])\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]:[0-9]""")  # to YAML it is a list
@@ -79,7 +80,7 @@ def _read_file(file: str | None, problems: list[str]) -> Layer:
         return {}
     from proxy.policy_files import read_sources
 
-    directory = (Path.cwd() / file).parent
+    directory = Path(file).parent
     try:
         [source] = read_sources([file])
         found = read_gate(_parse(source), _scope(file))
@@ -134,7 +135,7 @@ def _read_texts(texts: Mapping[str, tuple[ConfigKey, Sequence[str]]], problems: 
         except Wrong as error:
             problems += [f"{by}: {_told(problem)}" for problem in error.problems]
         else:
-            layer[key.path] = Said(_anchored(key, value, Path.cwd()), by)
+            layer[key.path] = Said(_anchored(key, value, Path()), by)
     return layer
 
 
@@ -157,9 +158,11 @@ def _told(problem: Problem) -> str:
 
 
 def _anchored(key: ConfigKey, value: Any, directory: Path) -> Any:
-    """Paths made absolute. `..` stays: what it means behind a link only the kernel knows."""
+    """Paths made absolute, but those by which a rule is cited. `..` stays: only the kernel knows it behind a link."""
     if not key.is_path or (key.path, value) == ("log", STDERR):
         return value
+    if key.path not in CITED:
+        directory = Path.cwd() / directory
     return tuple(str(directory / path) for path in value) if key.many else str(directory / value)
 
 

@@ -10,8 +10,6 @@ import fcntl
 import os
 import re
 import secrets
-import shlex
-import stat
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from hmac import compare_digest
 from pathlib import Path
 from unicodedata import normalize
 
-from pki.files import SECRET, repair, write_file
+from pki.files import SECRET, UnusableSecret, read_secret, repair, write_file
 
 MAX_FILE = 1 << 20  # bytes; read on the gate's own loop
 MAX_NAME, MAX_PASSWORD = 128, 512  # bytes of UTF-8, which with their colon fit in what is read of a client
@@ -163,23 +161,16 @@ def _decode(text: str) -> bytes:
 
 
 def _read(path: Path) -> list[str]:
-    """The lines. Looks at the mode of the very file that is read: a path could name another one a moment later."""
     try:
-        # O_NONBLOCK: a pipe that nobody writes to would hold the gate's loop for ever
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CredentialsError(f"{path}: not a file; name one that holds NAME:HASH lines")
-            if status.st_mode & 0o077:
-                mode = f"mode {status.st_mode & 0o777:04o}"
-                raise CredentialsError(f"{path}: {mode} shows it to others; run: chmod 600 {shlex.quote(str(path))}")
-            if status.st_size > MAX_FILE:
-                raise CredentialsError(f"{path}: larger than {MAX_FILE >> 20} MiB; is it the right file?")
-            text = file.read(MAX_FILE).decode("utf-8")
+        content = read_secret(path, MAX_FILE, holds="NAME:HASH lines")
+    except UnusableSecret as error:
+        raise CredentialsError(str(error)) from error
+    if len(content) > MAX_FILE:
+        raise CredentialsError(f"{path}: larger than {MAX_FILE >> 20} MiB; is it the right file?")
+    try:
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise CredentialsError(f"{path}: not UTF-8 text; make it with: outgate credentials add") from error
-    except OSError as error:
-        raise CredentialsError(f"{path}: {error.strerror}; name a file that you may read") from error
     return text.removesuffix("\n").split("\n")  # not splitlines, which knows eight more ends of a line
 
 

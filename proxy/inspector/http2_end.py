@@ -52,6 +52,11 @@ class Exchange:
             self.has_moved, self.quiet_since = False, now
         return now - self.quiet_since > idle_s
 
+    @property
+    def is_whole(self) -> bool:
+        """Every byte that was announced has come."""
+        return self.is_begun and self.length is not None and self.received == self.length
+
     def count(self, data: bytes) -> None:
         self.received += len(data)
         if self.length is not None and self.received > self.length:

@@ -99,8 +99,12 @@ class UpstreamSide(End):
             case h2.StreamReset() if (stream_id := self._theirs.get(event.stream_id)) is not None:
                 if event.error_code == ErrorCodes.REFUSED_STREAM:
                     yield from self._break_off(stream_id, STALE, ErrorCode.CANCEL)
-                else:
-                    yield from self._break_off(stream_id, "the origin reset the stream")
+                    return
+                exchange = self.exchanges[stream_id]
+                if event.error_code == ErrorCodes.NO_ERROR and exchange.is_whole and not exchange.has_ended:
+                    exchange.end()  # Node: its RST_STREAM overtakes its END_STREAM where the socket is full
+                    yield ReceiveHttp(ResponseEndOfMessage(stream_id))
+                yield from self._break_off(stream_id, "the origin reset the stream")
 
     def _answer(self, event: h2.ResponseReceived | h2.InformationalResponseReceived) -> CommandGenerator[None]:
         stream_id = self._theirs.get(event.stream_id)

@@ -166,7 +166,7 @@ class _Inspector:
             return {}
         return {
             "outgate_connections_inspected": self._wired.core.open_connections,
-            "outgate_leaves_remembered": len(self._wired.leaves),
+            "outgate_leaves_remembered": sum(map(len, self._wired.leaves)),
             "outgate_names_remembered": self._wired.resolver.remembered,
         }
 

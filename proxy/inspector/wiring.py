@@ -39,6 +39,8 @@ from proxy.record import Sink, new_id
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
 from proxy.upstream_proxy import SiteProxy, parse_direct
 
+MAX_LEAVES = 1024  # of each protocol; 26 kB each, and a wildcard rule admits more names than memory has room for
+
 
 class Bench:
     """Where every request of this process is judged: the policy in force, in one place.
@@ -74,7 +76,7 @@ class Bench:
 class Wired:
     core: Core
     bench: Bench
-    leaves: Leaves[ssl.SSLContext]
+    leaves: tuple[Leaves[ssl.SSLContext], ...]
     resolver: Resolver
 
 
@@ -122,8 +124,8 @@ def wire(
         trust_http2=partial(trust_origins, configuration.upstream_ca, HTTP_2),
     )
     issuing, clock = _read_issuing(configuration.issuing.encode()), partial(datetime.now, UTC)
-    leaves = tls_leaves(issuing, clock)
-    leaves_http2 = tls_leaves(issuing, clock, alpn=HTTP_2)
+    leaves = tls_leaves(issuing, clock, size=MAX_LEAVES)
+    leaves_http2 = tls_leaves(issuing, clock, alpn=HTTP_2, size=MAX_LEAVES)
     core = Core(
         (Gate(judge, conversation_of, site=site), Recorder(report, conversation_of)),
         upstream,
@@ -135,7 +137,7 @@ def wire(
         lost=lost,
         failed=failed,
     )
-    return Wired(core, bench, leaves, resolver)
+    return Wired(core, bench, (leaves, leaves_http2), resolver)
 
 
 def _read_issuing(pem: bytes) -> Issuing:

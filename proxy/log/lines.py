@@ -1,4 +1,4 @@
-"""A decision record as one line: JSON, or words on a terminal. Where lines go is `log_target`'s work.
+"""A decision record as one line: JSON, or words on a terminal. Where lines go is `target`'s work.
 
 The only newline of a line is its last byte, and every record has a line: nothing that a workload sends begins another
 record, moves a terminal's cursor, or is beyond writing.

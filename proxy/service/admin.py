@@ -10,9 +10,7 @@ import asyncio
 import hmac
 import os
 import re
-import shlex
 import socket
-import stat
 import traceback
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -20,6 +18,7 @@ from ipaddress import ip_address
 import orjson
 from aiohttp import web
 
+from pki.files import UnusableSecret, read_secret
 from proxy.record import Peer, show_peer
 from proxy.service.status import ReloadOutcome, ReloadResult, Status
 
@@ -91,17 +90,10 @@ async def open_admin(
 def read_token(path: str) -> str:
     """The token in the file at `path`. Raises AdminFailed."""
     try:
-        # O_NONBLOCK: a pipe that nobody writes to would hold us for ever
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode  # of the very file that is read
-            if not stat.S_ISREG(mode):
-                raise AdminFailed(f"{path}: not a file; name one that holds the token")
-            if mode & 0o077:
-                shown = f"{stat.S_IMODE(mode):04o}"
-                raise AdminFailed(f"{path}: mode {shown} shows the token to others; run: chmod 600 {shlex.quote(path)}")
-            token = file.read(MAX_TOKEN + 2).decode("latin-1").rstrip("\r\n")
-    except OSError as error:
-        raise AdminFailed(f"{path}: {error.strerror}; restore it, or run as its owner") from error
+        text = read_secret(path, MAX_TOKEN + 2, shows="the token", holds="the token")
+    except UnusableSecret as error:
+        raise AdminFailed(str(error)) from error
+    token = text.decode("latin-1").rstrip("\r\n")
     if not MIN_TOKEN <= len(token) <= MAX_TOKEN or not _TOKEN.fullmatch(token):
         raise AdminFailed(
             f"{path}: not one line of {MIN_TOKEN} to {MAX_TOKEN} visible ASCII characters; "

@@ -70,12 +70,17 @@ class Reloads:
 
     def tell(self, worker: Worker) -> None:
         """Have a worker judge by the policy in force, now or when there is a descriptor for it."""
-        if self.in_force is None or worker.generation == self.generation:
+        if self.in_force is None:
             return
         try:
             worker.tell(*self.in_force.told())
         except OSError:
-            asyncio.get_running_loop().call_later(RETRY_S, self.tell, worker)
+            asyncio.get_running_loop().call_later(RETRY_S, self.tell_again, worker)
+
+    def tell_again(self, worker: Worker) -> None:
+        """As `tell`, unless it judges by it already."""
+        if worker.generation != self.generation:
+            self.tell(worker)
 
     async def run(self) -> None:
         """Carry out what is asked for, until cancelled."""
@@ -128,7 +133,7 @@ class Reloads:
         say(report.closed)
         old = self.in_force
         self.in_force = InForce(report, policy, time.time(), report.issuing or (old.issuing if old else None))
-        for worker in self._workers:
+        for worker in self._workers:  # whatever it answered last: it may not have taken what it was told after that
             self.tell(worker)
         if old:
             old.policy.close()

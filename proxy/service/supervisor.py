@@ -89,7 +89,8 @@ class Supervisor:
         """Replace, reload and answer until `stop` is set."""
         self._notifier.ready(self._shown())
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(work()) for work in (self._reloads.run, self._ask_workers, self._watch_files)]
+            works = (self._reloads.run, self._ask_workers, self._watch_files, self._say_alive)
+            tasks = [group.create_task(work()) for work in works]
             await stop.wait()
             for task in tasks:
                 task.cancel()
@@ -131,15 +132,18 @@ class Supervisor:
             raise Unready(str(error)) from error
 
     async def _ask_workers(self) -> None:
-        shown = ""
+        shown = self._shown()
         while True:
             await asyncio.sleep(ASK_S)
             for worker in self._workers:
                 worker.ask()
-            if self._notifier.watchdog_s:
-                self._notifier.alive()
             if shown != (shown := self._shown()):
                 self._notifier.status(shown)
+
+    async def _say_alive(self) -> None:
+        while self._notifier.watchdog_s:
+            self._notifier.alive()
+            await asyncio.sleep(self._notifier.watchdog_s / 2)
 
     def _shown(self) -> str:
         """How it stands, in words, to the service manager."""
@@ -171,7 +175,7 @@ class Supervisor:
             yield self._reloads.in_force.told()
 
     def _judge_again(self, worker: Worker) -> None:
-        self._reloads.tell(worker)
+        self._reloads.tell_again(worker)
 
     # --- Status, as the admin port asks it ---
 

@@ -51,7 +51,7 @@ class Worker:
     restarts    how often one took the place of another
 
     introduction  what a new process is told: configuration, doors, policy
-    retry         asked to send the policy again, which the process could not take
+    retry         asked to send the policy in force, unless the process judges by it
     changed       told that the state, the generation or the answer is another
     totals        what every process counted, also those that are gone
     """
@@ -150,6 +150,7 @@ class Worker:
                 if self.state is WorkerState.STARTING:
                     self.state = WorkerState.READY
                     self._cancel()
+                self._retry(self)  # where another is in force by now
             case Refused(generation, why):
                 say(f"worker {self.number} goes on with policy {self.generation}: {generation}: {why}")
                 asyncio.get_running_loop().call_later(RETRY_S, self._retry, self)

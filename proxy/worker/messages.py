@@ -14,12 +14,12 @@ from proxy.metrics.meter import Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """The first message. With it comes a file that holds `config_document.to_document` as JSON."""
+    """The first message. With it comes a file that holds `config.document.to_document` as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogTurns:
-    """With it comes what the workers agree with whose turn it is to write to the log (`log_target.share_turns`)."""
+    """With it comes what the workers agree with whose turn it is to write to the log (`log.target.share_turns`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,9 @@ import re
 
 from tests.end_to_end.world import CHECKOUT
 
+SERVICE = "docs/service.md"
+GATEWAY, SIDECAR = "A gateway for machines and pods", "Beside one program, in its network namespace (sidecar)"
+
 
 def section(page: str, heading: str) -> str:
     """The text below a heading, to the next one of its rank or above."""

@@ -19,6 +19,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 API, GRPC, SOCKETS = "api.example", "grpc.example", "sockets.example"
 PORTS = {API: 8443, GRPC: 8444, SOCKETS: 8445}
+PLAIN_PORT = 8080  # of names that speak HTTP/1.1 without TLS
 
 
 class Forecast(grpc.GenericRpcHandler):
@@ -50,8 +51,9 @@ async def main(directory: Path) -> None:
     (directory / "chain.pem").write_bytes(chain)
     issued.private_key_pem.write_to_path(str(directory / "key.pem"))
     authority.cert_pem.write_to_path(str(directory / "origin.pem"))
-    script = Path(__import__("os").environ.get("MM", str(Path(__file__).with_name("many_http.mjs"))))
-    command = ["node", str(script), str(directory / "chain.pem"), str(directory / "key.pem"), str(PORTS[API])]
+    script = Path(__file__).with_name("many_http.mjs")
+    files = [str(script), str(directory / "chain.pem"), str(directory / "key.pem")]
+    command = ["node", *files, str(PORTS[API]), str(PLAIN_PORT)]
     node = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     server = grpc.server(futures.ThreadPoolExecutor(4), handlers=[Forecast()])
     credentials = grpc.ssl_server_credentials([(issued.private_key_pem.bytes(), chain)])

@@ -1,9 +1,11 @@
-// An origin that speaks HTTP/2 and HTTP/1.1 by ALPN, until its standard input ends. Arguments: chain, key, port.
+// An origin that speaks HTTP/2 and HTTP/1.1 by ALPN, and HTTP/1.1 without TLS, until its standard input ends.
+// Arguments: chain, key, port with TLS, port without.
 import { createHash } from "node:crypto";
 import { readFileSync } from "node:fs";
+import { createServer } from "node:http";
 import { createSecureServer } from "node:http2";
 
-const [chain, key, port] = process.argv.slice(2);
+const [chain, key, port, plain] = process.argv.slice(2);
 const options = { cert: readFileSync(chain), key: readFileSync(key), allowHTTP1: true };
 const CHUNK = Buffer.alloc(1 << 16, "outgate ");
 
@@ -39,7 +41,8 @@ function answer(request, response) {
     response.writeEarlyHints({ link: "</style.css>; rel=preload; as=style" });
     setTimeout(() => response.end("late"), 50);
   } else {
-    response.end(JSON.stringify({ spoken: request.httpVersion, method: request.method, path }));
+    const host = request.headers.host ?? request.headers[":authority"];
+    response.end(JSON.stringify({ spoken: request.httpVersion, method: request.method, host, path }));
   }
 }
 
@@ -51,4 +54,4 @@ server.on("checkContinue", (request, response) => {
 server.on("sessionError", () => {});
 server.on("clientError", (error, socket) => socket.destroy());
 process.stdin.on("end", () => process.exit()).resume();
-server.listen(Number(port), "::", () => console.log("ready"));
+server.listen(Number(port), "::", () => createServer(answer).listen(Number(plain), "::", () => console.log("ready")));

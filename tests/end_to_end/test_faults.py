@@ -395,7 +395,7 @@ class Http2(Client):
         self.responses = {}
         self.goaway = None
         self.is_closed = False
-        self.events = []
+        self.events: list[object] = []
         self.begin()
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import signal
-import socket
-import struct
 import subprocess
 import threading
 from collections.abc import Iterator

@@ -302,7 +302,7 @@ def test_the_last_words_of_a_command_are_judged_and_recorded(world: World) -> No
 @pytest.mark.client
 def test_a_request_that_the_end_of_the_command_cuts_has_its_record(world: World) -> None:
     """The inspector is still dialling; and a lookup is still waiting for its answer."""
-    script = "curl -s -m 2 https://silent.example/cut & curl -s https://mute.test/ & sleep 2.5; exit 4"
+    script = "curl -s --http1.1 -m 2 https://silent.example/cut & curl -s https://mute.test/ & sleep 2.5; exit 4"
     began = time.monotonic()
     ran = world.run(["sh", "-c", script], policy=FAILING)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.clients import CURL
-from tests.end_to_end.documented import command, fenced
+from tests.end_to_end.documented import GATEWAY, SERVICE, SIDECAR, command, fenced, section
 from tests.end_to_end.namespaces import Namespaces, machines
 from tests.end_to_end.placed import Origin, Placed, make_authority, origin
 from tests.end_to_end.service import eventually, is_gone
@@ -37,8 +37,6 @@ pytestmark = [
     ),
 ]
 
-PAGE = "docs/service.md"
-GATEWAY, SIDECAR = "A gateway for machines and pods", "Beside one program, in its network namespace (sidecar)"
 PORT = 15001
 GATE_UID = 1337
 ORIGIN4, ORIGIN6 = "93.184.216.34", "2606:2800:220:1::34"
@@ -101,6 +99,13 @@ class Lab:
         assert done.returncode in exits, done.stderr
 
 
+MASQUERADE = """
+table inet docker {
+    chain out { type nat hook postrouting priority srcnat; oifname "out" masquerade; }
+}
+"""
+
+
 # --- a gateway --------------------------------------------------------------------------------------------------------
 
 
@@ -135,15 +140,15 @@ def rules(gateway: Lab) -> None:
     for name, send in OTHER_PACKETS.items():
         send(gateway.net)
         eventually(lambda: gateway.origin.look().packets, f"{name} arrives where there is no rule")
-    (gateway.directory / "gateway.nft").write_text(fenced(PAGE, GATEWAY, "nft"))
-    load = command(PAGE, GATEWAY, "nft").split()
+    (gateway.directory / "gateway.nft").write_text(fenced(SERVICE, GATEWAY, "nft"))
+    load = command(SERVICE, GATEWAY, "nft").split()
     for _ in range(2):  # as often as one likes
         subprocess.run(gateway.net.inside("gateway", load), cwd=gateway.directory, check=True)
 
 
 def serving(lab: Lab, *more: str) -> Placed:
     """The command of the page, for the page's rules."""
-    words = command(PAGE, GATEWAY, "outgate").split()
+    words = command(SERVICE, GATEWAY, "outgate").split()
     assert words[0] == "outgate"
     options = ["--workers", "2", "--upstream-ca", "origin.pem", "--log", "decisions.jsonl", *HOSTS, *more]
     return Placed(lab.directory, lab.net.inside("gateway", [str(OUTGATE), *words[1:], *options]))
@@ -299,13 +304,42 @@ def test_nothing_but_judged_connections_leaves_through_a_gateway(gateway: Lab, s
     assert gateway.origin.look().packets == []
 
 
+def with_line(heading: str, start: str) -> str:
+    """The page's rules, and one of the lines that it offers, above the last `drop`."""
+    line = command(SERVICE, heading, start)
+    rules = fenced(SERVICE, heading, "nft")
+    above = next(each for each in rules.splitlines() if each.endswith(" drop"))
+    return rules.replace(above, f"{line}\n{above}")
+
+
+def test_a_gateway_may_let_names_be_looked_up_and_nothing_else(gateway: Lab, served: Placed) -> None:
+    gateway.net.rules("gateway", with_line(GATEWAY, "iifname").replace("10.0.0.53", ORIGIN4))
+    try:
+        gateway.origin.look()
+        for name in ("UDP, as DNS", "UDP, as QUIC", "UDP over IPv6", "ICMP echo"):
+            OTHER_PACKETS[name](gateway.net)
+        assert set(gateway.origin.look().packets) == {f"udp {ORIGIN4}:53"}
+    finally:
+        gateway.net.rules("gateway", fenced(SERVICE, GATEWAY, "nft"))
+
+
+def test_the_rules_fit_a_docker_network_too(gateway: Lab) -> None:
+    """Under the names of the machine `one`, where nothing depends on them."""
+    (gateway.directory / "gateway.nft").write_text(fenced(SERVICE, GATEWAY, "nft"))
+    line = command(SERVICE, "A gateway for a docker network", "sed")
+    gateway.net.run("one", ["sh", "-c", f"cd {gateway.directory} && {line}"])
+    shown = subprocess.run(gateway.net.inside("one", ["nft", "list", "ruleset"]), capture_output=True, text=True).stdout
+    assert (shown.count('iifname "br-out"'), shown.count("br0")) == (2, 0)
+    gateway.net.rules("one", "flush ruleset")
+
+
 def test_a_connection_that_was_made_before_the_rules_ends_with_them(gateway: Lab, served: Placed) -> None:
     gateway.net.rules("gateway", "delete table inet outgate")
     with gateway.net.socket("one", socket.AF_INET, socket.SOCK_STREAM) as sock:
         sock.settimeout(20)
         sock.connect((ORIGIN4, 22))
         assert sock.recv(100)
-        gateway.net.rules("gateway", fenced(PAGE, GATEWAY, "nft"))
+        gateway.net.rules("gateway", fenced(SERVICE, GATEWAY, "nft"))
         sock.sendall(b"more")
         sock.settimeout(0.5)
         with pytest.raises(TimeoutError):
@@ -340,7 +374,7 @@ def test_a_gate_that_stopped_lets_nothing_pass(gateway: Lab, rules: None) -> Non
     with serving(gateway, "--listen", f"[::]:{PORT + 1}", "--admin", "none") as it:  # beside the one that serves
         it.send(signal.SIGTERM)
         assert it.ends() == 0
-    ruleset = fenced(PAGE, GATEWAY, "nft").replace(f":{PORT}", f":{PORT + 1}")
+    ruleset = fenced(SERVICE, GATEWAY, "nft").replace(f":{PORT}", f":{PORT + 1}")
     gateway.net.rules("gateway", ruleset)
     try:
         gateway.origin.look()
@@ -351,7 +385,7 @@ def test_a_gate_that_stopped_lets_nothing_pass(gateway: Lab, rules: None) -> Non
             send(gateway.net)
         assert gateway.origin.look().packets == []
     finally:
-        gateway.net.rules("gateway", fenced(PAGE, GATEWAY, "nft"))
+        gateway.net.rules("gateway", fenced(SERVICE, GATEWAY, "nft"))
 
 
 # --- beside one program -----------------------------------------------------------------------------------------------
@@ -374,8 +408,8 @@ def pod() -> Iterator[Lab]:
         (directory / "policy.yaml").write_text("version: 1\nworkloads:\n  weather:" + RULES)
         for path in (directory, *directory.rglob("*")):
             os.chown(path, GATE_UID, GATE_UID)
-        (directory / "sidecar.nft").write_text(fenced(PAGE, SIDECAR, "nft"))
-        load = command(PAGE, SIDECAR, "nft").split()
+        (directory / "sidecar.nft").write_text(fenced(SERVICE, SIDECAR, "nft"))
+        load = command(SERVICE, SIDECAR, "nft").split()
         for _ in range(2):
             subprocess.run(net.inside("pod", load), cwd=directory, check=True)
         yield lab
@@ -384,7 +418,7 @@ def pod() -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def beside(pod: Lab) -> Iterator[Placed]:
     """The gate, by the command of the page, as its user."""
-    words = command(PAGE, SIDECAR, "runuser").split()
+    words = command(SERVICE, SIDECAR, "runuser").split()
     assert words[:5] == ["runuser", "-u", "outgate", "--", "outgate"]
     options = ["--upstream-ca", "origin.pem", "--log", "decisions.jsonl", *HOSTS]
     with Placed(pod.directory, pod.net.inside("pod", as_user([str(OUTGATE), *words[5:], *options], GATE_UID))) as it:
@@ -473,6 +507,38 @@ def test_the_gates_own_uid_gets_out(pod: Lab, beside: Placed) -> None:
         f"udp {ORIGIN4}:53", f"udp [{ORIGIN6}]:443", f"udp {ORIGIN4}:123", f"protocol 136 {ORIGIN4}",
         f"icmp {ORIGIN4}", f"icmp [{ORIGIN6}]",
     }  # fmt: skip
+
+
+def test_a_pod_may_look_names_up_and_nothing_else(pod: Lab, beside: Placed) -> None:
+    pod.net.rules("pod", with_line(SIDECAR, "ip daddr").replace("10.96.0.10", ORIGIN4))
+    try:
+        assert tries_all(pod, as_user) == [f"udp {ORIGIN4}:53"]
+    finally:
+        pod.net.rules("pod", fenced(SERVICE, SIDECAR, "nft"))
+
+
+def test_a_pod_that_serves_others_may_answer_them(pod: Lab, beside: Placed) -> None:
+    with pod.net.socket("pod", socket.AF_INET, socket.SOCK_STREAM) as door:
+        door.bind(("0.0.0.0", 8080))
+        door.listen()
+        assert not is_reached(pod, (ONE4, 8080))
+        pod.net.rules("pod", with_line(SIDECAR, "ct direction"))
+        try:
+            assert is_reached(pod, (ONE4, 8080))
+            assert tries_all(pod, as_user) == []
+        finally:
+            pod.net.rules("pod", fenced(SERVICE, SIDECAR, "nft"))
+
+
+def is_reached(pod: Lab, address: tuple[str, int]) -> bool:
+    """By a neighbour of the pod."""
+    with pod.net.socket("router", socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.settimeout(2)
+        try:
+            sock.connect(address)
+        except TimeoutError:
+            return False
+        return True
 
 
 def test_a_connection_that_the_gate_closes_first_ends_at_the_origin_too(pod: Lab, beside: Placed) -> None:

@@ -303,20 +303,19 @@ class Client:
         self.flush()
 
     def upload(self, stream_id: int, size: int, *, ends: bool = True) -> int:
-        """Send as much of `size` bytes as windows allow, reading what comes meanwhile; how much that was."""
+        """Send `size` bytes as windows allow, reading what comes meanwhile; how much that was when a reset cut it off.
+
+        A response may be over long before (RFC 9113 8.1): that ends no upload.
+        """
         sent = 0
         while sent < size:
             room = min(self.h2.local_flow_control_window(stream_id), 16384, size - sent)
-            if room <= 0:
-                before = self.h2.local_flow_control_window(stream_id)
-                if not self.read() or self.responses[stream_id].is_over:
-                    break
-                if self.h2.local_flow_control_window(stream_id) == before == 0:
-                    continue
-            else:
+            if room > 0:
                 sent += room
                 self.h2.send_data(stream_id, bytes(room), end_stream=ends and sent == size)
                 self.flush()
+            elif not self.read() or self.responses[stream_id].reset is not None:
+                break
         return sent
 
     def get(self, path: str = "/search", **options: Any) -> Response:  # Any: as `send` has them

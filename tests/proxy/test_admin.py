@@ -616,6 +616,6 @@ def test_close_ends_those_who_wait(token_file: Path) -> None:
 
 
 def test_status_is_known_without_a_web_server() -> None:
-    code = "import sys, proxy.status; print('aiohttp' in sys.modules)"
+    code = "import sys, proxy.service.status; print('aiohttp' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout == "False\n"

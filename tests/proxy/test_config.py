@@ -191,9 +191,9 @@ def test_paths_in_a_file_are_relative_to_it_and_others_to_the_working_directory(
 
     config = read_config("conf/gate.yaml", {"OUTGATE_TAGS": "t.json:/u.json"}, {"log": "log"})
 
-    assert config.policy == (f"{tmp_path}/conf/p.yaml",)
+    assert config.policy == ("conf/p.yaml",)  # cited in every record: as the operator named it
     assert config.pki == f"{tmp_path}/conf/../pki"
-    assert config.tags == (f"{tmp_path}/t.json", "/u.json")
+    assert config.tags == ("t.json", "/u.json")
     assert config.log == f"{tmp_path}/log"
 
 
@@ -201,7 +201,7 @@ def test_a_dash_is_standard_error_for_the_log_and_a_file_elsewhere() -> None:
     config = read_config(None, {}, {"log": "-", "policy": ("-",)})
 
     assert config.log == "-"
-    assert config.policy == (str(Path.cwd() / "-"),)
+    assert config.policy == ("-",)
 
 
 @pytest.mark.parametrize(

@@ -576,6 +576,27 @@ def test_a_response_that_breaks_off_breaks_off_for_the_client_too(tmp_path: Path
         assert gate.records[0]["verdict"] == "allow"
 
 
+@pytest.mark.parametrize(
+    ("fields", "is_whole"),
+    [([("content-length", "4")], True), ([("content-length", "5")], False), ([], False)],
+    ids=["whole", "short", "of unknown length"],
+)
+def test_a_reset_without_error_ends_a_response_that_is_whole(tmp_path: Path, fields: Pairs, is_whole: bool) -> None:
+    """Node's server sends it before its END_STREAM, when its socket was full."""
+
+    def answer(heard: Heard) -> None:
+        heard.talk.h2.send_headers(heard.stream_id, [(":status", "200"), *fields])
+        heard.talk.h2.send_data(heard.stream_id, b"body")
+        heard.talk.h2.reset_stream(heard.stream_id, ErrorCodes.NO_ERROR)
+
+    with rig(tmp_path) as gate, Client(gate) as client:
+        origin_of(gate).answer = answer
+        found = client.get()
+        assert found.has_ended == is_whole
+        assert found.body == b"body" or not is_whole
+        assert reasons(gate) == ["rule" if is_whole else "upstream_failed"]
+
+
 @pytest.mark.parametrize("length", ["3", "9"], ids=["longer", "shorter"])
 def test_a_response_that_is_not_as_long_as_announced_breaks_off(tmp_path: Path, length: str) -> None:
     with rig(tmp_path) as gate, Client(gate) as client:

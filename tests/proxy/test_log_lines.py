@@ -65,5 +65,5 @@ def test_line_that_is_no_record_shows_its_fields() -> None:
 
 def test_log_loads_no_rich_and_leaves_it_loadable() -> None:
     """A worker shows nothing in colour that needs it; a command that does still finds it."""
-    script = "import sys, proxy.decision_log; assert 'rich' not in sys.modules; import rich.console"
+    script = "import sys, proxy.log.decision_log; assert 'rich' not in sys.modules; import rich.console"
     subprocess.run([sys.executable, "-c", script], check=True)

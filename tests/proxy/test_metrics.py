@@ -510,7 +510,7 @@ def test_process_that_is_gone_uses_nothing() -> None:
 
 def test_workers_load_no_prometheus_client_and_no_web_server() -> None:
     heavy = "{'prometheus_client', 'aiohttp'}"
-    code = f"import sys, proxy.meter, proxy.status; print(sorted({heavy} & sys.modules.keys()))"
+    code = f"import sys, proxy.metrics.meter, proxy.service.status; print(sorted({heavy} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
 

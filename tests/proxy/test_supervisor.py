@@ -260,6 +260,41 @@ def test_a_worker_that_does_not_take_the_new_policy_over_turns_readiness_red_whe
     run(test)
 
 
+def test_a_worker_that_hung_through_two_reloads_judges_by_the_last(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back to what it answered last: it has the policy between in its queue, and must not stay with that."""
+    monkeypatch.setattr(reloading, "SWAP_S", 0.2)
+    monkeypatch.setattr(host, "SILENCE_S", 60.0)
+    first = Path(config.policy[0]).read_text()
+    answered: list[str | None] = []
+    heed = host.Worker._heed
+
+    def note(worker: host.Worker, said: Told | Said) -> None:
+        heed(worker, said)
+        if isinstance(said, Judging):
+            answered.append(said.generation)
+
+    monkeypatch.setattr(host.Worker, "_heed", note)
+
+    async def test() -> None:
+        async with supervised(config) as (it, _):
+            answered.clear()
+            generation = it._workers[0].generation
+            (worker,) = workers()
+            os.kill(worker, signal.SIGSTOP)
+            write(config, OTHER)
+            assert (await it.reload()).outcome is ReloadOutcome.FAILED
+            write(config, first)
+            await it.reload()
+            os.kill(worker, signal.SIGCONT)
+            await until(lambda: len(answered) > 1, "it took both over")
+            assert answered[-1] == generation
+            await until(lambda: it.ready() == [], "it is ready")
+
+    run(test)
+
+
 def test_reloads_that_are_asked_for_during_one_are_one_more(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = 0
     begun, may_end = asyncio.Event(), asyncio.Event()
