@@ -5,7 +5,7 @@ VENV  := .venv
 # The newest Python >= 3.12 that really runs (a pyenv shim answers 127): PATH first, then pyenv's versions, then uv's.
 PYTHON := $(shell scripts/find-python)
 
-.PHONY: setup demo test check bench format clean
+.PHONY: setup demo test check bench soak format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -42,6 +42,9 @@ format: setup
 
 bench: setup ## ratios against a peer measured in the same run
 	$(VENV)/bin/python -m pytest --benchmark-only --override-ini addopts="--import-mode=importlib" -s tests/bench
+
+soak: setup ## a million short connections, a thousand idle ones, ever new names: is memory flat? (N=1000000)
+	$(VENV)/bin/python -m scripts.soak $(N)
 
 .PHONY: system
 system: ## install the system programs that tests use when root, else name them

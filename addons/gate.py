@@ -12,14 +12,13 @@ from collections.abc import Callable
 from mitmproxy import connection, http
 
 from addons.answers import answer
-from addons.judge import Conversation, Judge, Judgement, Unreachable
+from addons.judge import PROXY_AUTHENTICATION, Conversation, Judge, Judgement, Unreachable
 from addons.upstream import SiteProxy
 from policies.model import Reason
 
 JUDGEMENT = "outgate.judgement"  # flow.metadata: the judgement of this request
 ANSWER = "outgate.answer"  # flow.metadata: the response is ours, and no byte of another one has gone out
 MALFORMED_BODY = "malformed request body"  # how the error of a request begins whose body cannot be read
-PROXY_AUTHENTICATION = 407
 STALE = "the origin closed a kept connection"  # the error of a request that was sent on it and got no answer
 CANCELLED = "the client cancelled the request"
 FAILURE = "outgate.failure"  # flow.metadata: the Unreachable that kept this request from its origin

@@ -29,7 +29,7 @@ _METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-
 _TARGET_OVERRIDES = frozenset({b"x-original-url", b"x-rewrite-url"})  # IIS, and frameworks that were made to follow it
 _UNSERVED = frozenset({"CONNECT", "TRACE"})  # a tunnel that nobody judges; an echo of headers that scripts may not see
 _VERSIONS = frozenset({"HTTP/1.0", "HTTP/1.1", "HTTP/2.0"})
-_CONNECTION_SPECIFIC = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
+CONNECTION_SPECIFIC = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
 # RFC 9110 7.6.1: the next proxy removes what Connection names; without one of these it would read another request.
 _END_TO_END = frozenset({b"host", b"content-length", b"transfer-encoding", b"authorization", b"cookie"})
 _GRPC = re.compile(rb"application/grpc(?:[+;].*)?", re.DOTALL)  # not application/grpc-web, which has a body of its own
@@ -296,7 +296,7 @@ def _read_head(
         if _CONTROL.search(value):
             raise _Fault(Reason.MALFORMED_REQUEST, "a header value is folded or holds a control character")
         match name.lower():
-            case key if is_http2 and key in _CONNECTION_SPECIFIC:
+            case key if is_http2 and key in CONNECTION_SPECIFIC:
                 raise _Fault(Reason.MALFORMED_REQUEST, f"{key.decode()} has no meaning in HTTP/2")
             case b"host":
                 hosts.append(value)

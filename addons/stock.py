@@ -178,6 +178,13 @@ class Stock:
     # --- requests ---
 
     def requestheaders(self, flow: http.HTTPFlow) -> None:
+        try:
+            self._judge(flow)
+        except Exception:  # mitmproxy would log it and forward the request, on a connection that is open already
+            flow.kill()  # type: ignore[no-untyped-call]  # mitmproxy leaves it untyped
+            raise
+
+    def _judge(self, flow: http.HTTPFlow) -> None:
         conversation = self._clients[flow.client_conn.id].conversation
         if not flow.client_conn.tls:
             conversation.plain, conversation.port = True, flow.request.port

@@ -28,7 +28,12 @@ from policies.model import Address, Reason
 MAX_ADDRESSES = 6  # an answer with 200 addresses must not open 200 connections
 STAGGER_S = 0.25  # RFC 8305 5: the next address is tried beside one that has not answered yet
 
-_REASONS = {errno.ECONNREFUSED: Reason.UPSTREAM_REFUSED, errno.ETIMEDOUT: Reason.UPSTREAM_TIMEOUT}
+_REASONS = {
+    errno.ECONNREFUSED: Reason.UPSTREAM_REFUSED,
+    errno.ETIMEDOUT: Reason.UPSTREAM_TIMEOUT,
+    errno.EMFILE: Reason.GATE_FAILED,  # ours are used up: the far end has no part in it
+    errno.ENFILE: Reason.GATE_FAILED,
+}
 
 
 class Resolution(Protocol):
@@ -242,7 +247,8 @@ async def _connect(addresses: Sequence[Address], port: int) -> socket.socket:
 
 
 async def _dial(address: Address, port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named: else asyncio leaves Nagle's delay on
     try:
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, (str(address), port))

@@ -15,7 +15,7 @@ SECRET = 0o600
 
 
 class UnusableSecret(Exception):
-    """A file of secrets that must not or cannot be used. `str()` has the path and the repair, nothing of its content."""
+    """A file of secrets that cannot or must not be used. `str()` has the path and the repair, and nothing it holds."""
 
 
 def read_secret(path: Path | str, most: int, *, shows: str = "it", holds: str = "it") -> bytes:

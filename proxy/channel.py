@@ -10,7 +10,6 @@ import os
 import socket
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol
 
 MAX_MESSAGE = 128 * 1024  # below the smallest usual send buffer; a packet is sent whole or not at all
@@ -47,7 +46,6 @@ class Channel:
         self._closed = closed
         self._drained = drained
         self._queue: deque[tuple[bytes, Carried | None]] = deque()
-        self._is_ending = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._read)
 
@@ -61,11 +59,6 @@ class Channel:
         self._queue.append((message, carried))
         if len(self._queue) == 1:
             self._write()
-
-    def end(self) -> None:
-        """Send what is queued and nothing more. What the other end still says is received, then `closed` is called."""
-        self._is_ending = True
-        self._write()
 
     def close(self) -> list[tuple[bytes, Carried | None]]:
         """Stop. Gives back what was not sent."""
@@ -93,9 +86,6 @@ class Channel:
             self._queue.popleft()
             if carried is not None:
                 carried.close()
-        if self._is_ending:
-            with suppress(OSError):  # the other end is gone: the reader learns of that
-                self._sock.shutdown(socket.SHUT_WR)
 
     def _write_more(self) -> None:
         self._loop.remove_writer(self._sock.fileno())

@@ -9,20 +9,19 @@ import socket
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address
-from math import inf
 
 from addons.answers import answer
 from addons.judge import BAD_GATEWAY, FORBIDDEN, UNAVAILABLE, Judgement
 from policies.engine import Expect
 from policies.hostnames import Hostname, MalformedName, parse_hostname
 from policies.model import UNKNOWN, Action, Address, Attempt, Reason, Stage, Tls, Verdict
-from proxy.epoll import IN, ONESHOT, RDHUP
 from proxy.flow import Flow
 from proxy.guest import Gate
 from proxy.inspector.handover import Handover
 from proxy.original_dst import Destination, local_dst, parse_address
+from proxy.peeking import Peeking
 from proxy.record import Peer, Record, new_id, record_of
-from proxy.relays.stream import End, reset
+from proxy.relays.stream import End
 from proxy.wire.client_hello import (
     Alert,
     First,
@@ -34,9 +33,6 @@ from proxy.wire.client_hello import (
     render_alert,
 )
 
-_FIRST_BYTES = IN | RDHUP | ONESHOT  # one event, then silence while the verdict is carried out
-_REST_S = 0.25  # woken with less than asked for (the kernel ran short of memory for this queue): look again after it
-_DISCARD = 1 << 16
 _NOWHERE = IPv4Address(0)  # an address that no rule reaches
 _NOT_KNOWN: Destination = (_NOWHERE, 0)
 
@@ -68,32 +64,24 @@ class Tunnel:
     user: str | None = None
 
 
-class Connection:
+class Connection(Peeking):
     """Owns its socket until it is over: closed or given away. Writes one decision record, unless the inspector does."""
 
-    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_gate", "_generation", "_give_up", "_is_resting",
-                 "_is_silent", "_left", "_opened", "_tunnel", "_wanted", "deadline", "destination", "fd", "is_over",
-                 "peer", "sock", "source", "workload")  # fmt: skip
+    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_generation", "_opened", "_tunnel", "_yields",
+                 "destination", "source", "workload")  # fmt: skip
 
     def __init__(self, gate: Gate, sock: socket.socket, peer: Peer, tunnel: Tunnel | None = None) -> None:
-        self._gate = gate
+        super().__init__(gate, sock, peer, gate.limits.max_hello)
         self._tunnel = tunnel
-        self.sock = sock
-        self.fd = sock.fileno()
-        self.peer = self.source = peer
+        self.source = peer
         self.destination: Destination = _NOT_KNOWN
         self.workload = UNKNOWN
         self._generation = ""  # of the policy that found the workload, and that judges
-        self.is_over = False
-        self.deadline = self._give_up = inf
         self._opened = gate.clock()
         self._attempt: Attempt | None = None
         self._expect = Expect.PEEK
         self._first: First | None = None
-        self._wanted = 1  # bytes the kernel is asked to wait for
-        self._is_resting = False
-        self._is_silent = False
-        self._left = -1  # bytes it may still send for us to throw away; negative unless it was denied
+        self._yields = False  # it was silent, so its server may speak first
         self._flow: Flow | None = None
 
     # --- the first bytes ---
@@ -108,10 +96,10 @@ class Connection:
         if self._expect is Expect.OPAQUE:
             self._judge_opaque()
             return
-        self._give_up = gate.epoll.now + limits.hello_s
-        self.deadline = gate.epoll.now + limits.silence_s if self._expect is Expect.EITHER else self._give_up
-        gate.epoll.watch(self)
-        gate.epoll.put(self.fd, _FIRST_BYTES, self._peek, self.failed)
+        self._listen(limits.hello_s)
+        if self._expect is Expect.EITHER:
+            self.deadline = gate.epoll.now + limits.silence_s
+            gate.epoll.watch(self)
 
     def refuse(self, reason: Reason) -> None:
         """Deny it for a reason that does not lie in what it attempts."""
@@ -137,17 +125,7 @@ class Connection:
         self._generation = self._gate.generation()
         self.workload = self._gate.identify(parse_address(self.peer[0]), self._tunnel.user if self._tunnel else None)
 
-    def _peek(self, events: int) -> None:
-        try:
-            data = self.sock.recv(self._gate.limits.max_hello, socket.MSG_PEEK)
-        except BlockingIOError:
-            self._wait(self._wanted, events)
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._judge(Stage.TCP, fault=Reason.CLIENT_GONE)
-            return
+    def _read(self, data: bytes, events: int) -> None:
         if self._first is None:
             self._first = classify_first(data)
         if self._first is First.TLS:
@@ -157,49 +135,28 @@ class Connection:
         elif self._first is First.OTHER:
             self._judge_opaque()
         else:
-            self._wait(len(data) + 1, events, len(data))
+            self._await_rest(data, events)
 
-    def _wait(self, wanted: int, events: int, have: int = 0) -> None:
-        """Sleep until `wanted` bytes are there, the client has gone, or the deadline has come."""
-        epoll = self._gate.epoll
-        if events & RDHUP:
-            self._judge(Stage.TLS if self._first is First.TLS else Stage.TCP, fault=Reason.CLIENT_GONE)
-            return
-        if have and self.deadline != self._give_up:  # not silent, so what it is must show
-            self.deadline = self._give_up
-        if 0 < have < self._wanted:
-            self._is_resting = True
-            self.deadline = min(epoll.now + _REST_S, self._give_up)
-            epoll.watch(self)
-            return
-        if wanted != self._wanted:
-            self._wanted = wanted  # level-triggered epoll would report the bytes we leave in the queue for ever
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted)
-        epoll.change(self.fd, _FIRST_BYTES)
+    def _await_rest(self, data: bytes, events: int, wanted: int = 0) -> None:
+        self.deadline = self._give_up  # not silent, so what it is must show
+        self._await_more(len(data), events, wanted)
 
-    def expired(self) -> None:
-        if self._left >= 0:
-            self._close(resetting=True)
-        elif self._gate.epoll.now >= self._give_up:
+    def _leave(self) -> None:
+        self._judge(Stage.TLS if self._first is First.TLS else Stage.TCP, fault=Reason.CLIENT_GONE)
+
+    def _late(self) -> None:
+        if self._gate.epoll.now >= self._give_up:
             self._judge(Stage.TLS if self._first is First.TLS else Stage.TCP, fault=Reason.HELLO_TIMEOUT)
-        elif self._is_resting:
-            self._is_resting = False
-            self.deadline = self._give_up
-            self._gate.epoll.watch(self)
-            self._gate.epoll.change(self.fd, _FIRST_BYTES)
         else:  # silent: it waits for the server to speak
             self._gate.epoll.remove(self.fd)
-            self._is_silent = True
+            self._yields = True
             self._judge_opaque()
 
     def _spoke(self) -> None:
         """It speaks before its server does, as in TLS and HTTP: no pause takes a hello past the host rules."""
-        epoll = self._gate.epoll
         self._flow = None
-        self._is_silent = False
-        self.deadline = self._give_up = epoll.now + self._gate.limits.hello_s
-        epoll.watch(self)
-        epoll.put(self.fd, _FIRST_BYTES, self._peek, self.failed)
+        self._yields = False
+        self._listen(self._gate.limits.hello_s)
 
     # --- the verdict ---
 
@@ -212,7 +169,7 @@ class Connection:
             self._judge(Stage.TLS, fault=Reason.HELLO_TOO_LARGE if too_large else Reason.MALFORMED_HELLO)
             return
         if hello is None:
-            self._wait(needs(data, limit), events, len(data))
+            self._await_rest(data, events, needs(data, limit))
             return
         host, fault = None, None
         if hello.sni is not None:
@@ -269,9 +226,7 @@ class Connection:
             plain=plain,
             fault=fault,
         )
-        if self._wanted > 1:
-            self._wanted = 1
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        self._want(1)
         verdict = gate.decide(attempt)
         if not verdict.is_allow:
             self._deny(verdict)
@@ -285,21 +240,10 @@ class Connection:
         id = new_id()
         self._record(verdict, id)
         reply = b"" if verdict.reason in _UNANSWERED else self._render_denial(verdict, id)
-        if not reply:
+        if reply:
+            self._part_with(reply)
+        else:
             self._close(resetting=True)
-            return
-        try:
-            self.sock.recv(self._gate.limits.max_hello)  # bytes left in the queue would turn the close into a reset
-            self.sock.send(reply, socket.MSG_MORE)  # one segment with the FIN
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self._close(resetting=True)
-            return
-        epoll = self._gate.epoll
-        self._left = self._gate.limits.max_linger
-        self.deadline = epoll.now + self._gate.limits.linger_s
-        epoll.watch(self)
-        epoll.put(self.fd, IN, self._linger, self.failed)
 
     def _render_denial(self, verdict: Verdict, id: str) -> bytes:
         if self._first is First.TLS:
@@ -308,18 +252,6 @@ class Connection:
             status = _STATUS.get(verdict.reason, FORBIDDEN)
             return answer(Judgement(id, self._attempt, verdict, status), closes=True).to_bytes()
         return b""
-
-    def _linger(self, _events: int) -> None:
-        """Throw away what a denied client still sends until it closes: a reset could overtake the answer."""
-        try:
-            data = self.sock.recv(_DISCARD)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        self._left -= len(data)
-        if not data or self._left < 0:
-            self._close(resetting=self._left < 0)
 
     # --- what is allowed ---
 
@@ -358,7 +290,7 @@ class Connection:
             denied=self._deny,
             ended=partial(self._ended, verdict),
             failed=self.failed,
-            spoke=self._spoke if self._is_silent else None,
+            spoke=self._spoke if self._yields else None,
         )
         self._flow.start(verdict.host or attempt.host)
 
@@ -372,9 +304,9 @@ class Connection:
 
     def abort(self) -> None:
         """Close it now, whatever it is doing; the gate is stopping."""
-        if self._flow is not None and self._left < 0:
+        if self._flow is not None and not self._is_told:
             self._flow.cancel()
-        if self._left >= 0:
+        if self._is_told:
             self._close(resetting=True)
         elif not self.is_over:
             self._fail()
@@ -389,17 +321,9 @@ class Connection:
         self._record(Verdict(Action.DENY, Reason.GATE_FAILED, Stage.TCP), new_id())
 
     def _close(self, *, resetting: bool) -> None:
-        gate = self._gate
-        self.is_over = True
-        gate.epoll.unwatch(self)
-        gate.epoll.forget(self.fd)
         if self._flow is not None:
             self._flow.cancel()
-        if resetting:
-            reset(self.sock)
-        else:
-            self.sock.close()
-        gate.over(self)
+        super()._close(resetting=resetting)
 
     def _record(self, verdict: Verdict, id: str, flow: Flow | None = None, how: End = End.CLOSED) -> None:
         address, port = self.destination

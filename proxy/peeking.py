@@ -15,7 +15,7 @@ from proxy.guest import Gate
 from proxy.record import Peer
 from proxy.relays.stream import reset
 
-_FIRST_BYTES = IN | RDHUP | ONESHOT
+_FIRST_BYTES = IN | RDHUP | ONESHOT  # one event, then silence while the verdict is carried out
 _REST_S = 0.25  # woken with less than asked for: look again after it
 _DISCARD = 1 << 16
 
@@ -99,14 +99,15 @@ class Peeking(ABC):
         else:
             self._leave()
 
-    def _await_more(self, have: int, events: int) -> None:
-        """Sleep until there is more than was seen, the client has gone, or the deadline has come."""
+    def _await_more(self, have: int, events: int, wanted: int = 0) -> None:
+        """Sleep until there are `wanted` bytes, or more than the `have` that were seen; or the client has gone, or the
+        deadline has come."""
         if 0 < have < self._wanted and not events & RDHUP:  # the kernel is short of memory for this queue
             self._is_resting = True
             self.deadline = min(self._gate.epoll.now + _REST_S, self._give_up)
             self._gate.epoll.watch(self)
         else:
-            self._sleep(have + 1, events)
+            self._sleep(wanted or have + 1, events)
 
     def _sleep(self, wanted: int, events: int) -> None:
         if events & RDHUP:
@@ -160,6 +161,7 @@ class Peeking(ABC):
         epoll.put(self.fd, IN, self._linger, self.failed)
 
     def _linger(self, _events: int) -> None:
+        """Throw away what still comes until the client closes."""
         try:
             data = self.sock.recv(_DISCARD)
         except BlockingIOError:

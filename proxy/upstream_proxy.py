@@ -14,7 +14,7 @@ from addons.judge import Unreachable
 from pki.files import UnusableSecret, read_secret
 from policies.addresses import PrefixMap
 from policies.engine import admit
-from policies.hostnames import Hostname, Pattern, parents, parse_hostname, parse_pattern
+from policies.hostnames import Hostname, Pattern, parents, parse_hostname
 from policies.model import Action, Address, Network, Reason, Stage, Verdict
 from proxy.dialer import AnswerReader, interleave
 from proxy.resolver import NameNotFound, Resolution, ResolverFailed
@@ -142,11 +142,10 @@ def read_credentials(path: str) -> bytes:
 
 
 def parse_direct(text: str) -> Pattern | Network:
-    """What `str()` gave of an entry of `UpstreamProxy.direct`. Raises MalformedName."""
-    try:
+    """The entry of `UpstreamProxy.direct` that `str()` gave `text` of; it was checked when it was first read."""
+    if "/" in text:  # a prefix is always written with its length
         return ip_network(text)
-    except ValueError:
-        return parse_pattern(text)
+    return Pattern(Hostname(text.removeprefix("*.")), wildcard=text.startswith("*."))
 
 
 def _parse_host(text: str) -> Hostname | Address:

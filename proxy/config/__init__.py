@@ -83,7 +83,7 @@ def _bounds() -> Bounds:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """One gate. Paths are absolute, but those of policies and tags; what a key means to the operator stands in docs/configuration.md."""
+    """One gate. Paths are absolute, but those of policies and tags; docs/configuration.md says what each key means."""
 
     mode: GateMode = GateMode.GATEWAY
     policy: tuple[str, ...]

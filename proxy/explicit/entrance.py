@@ -19,6 +19,7 @@ from addons.judge import (
     BAD_GATEWAY,
     BAD_REQUEST,
     FORBIDDEN,
+    PROXY_AUTHENTICATION,
     TIMEOUT,
     TOO_LARGE,
     TOO_MANY_REQUESTS,
@@ -39,7 +40,6 @@ from proxy.wire.proxy_protocol import MalformedProxyHeader, parse_proxy_header
 if TYPE_CHECKING:  # 5 ms that a proxy without credentials, as in `outgate run`, does not spend
     from proxy.explicit.verifier import Verifier
 
-UNAUTHENTICATED = 407
 MAX_TRIES = 8  # heads of one connection that are answered 407
 
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
@@ -186,7 +186,7 @@ class Caller(Peeking):
         """Ask for credentials; where nothing of a body is under way, on this connection."""
         self._tries += 1
         keeps = head.persists and not head.has_body and self._tries < MAX_TRIES
-        self._refuse(self._fault(Reason.CREDENTIALS), UNAUTHENTICATED, keeps=keeps)
+        self._refuse(self._fault(Reason.CREDENTIALS), PROXY_AUTHENTICATION, keeps=keeps)
 
     # --- where it goes ---
 

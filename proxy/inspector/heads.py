@@ -14,7 +14,7 @@ from typing import Final
 from hpack.struct import Header, NeverIndexedHeaderTuple
 from mitmproxy import http
 
-from addons.judge import METHOD_NOT_ALLOWED, TOO_LARGE
+from addons.judge import CONNECTION_SPECIFIC, METHOD_NOT_ALLOWED, TOO_LARGE
 from proxy.inspector.reading import Fields, MalformedHead
 
 MAX_LIST = 64 * 1024  # RFC 9113 6.5.2: names, values and 32 bytes for each field
@@ -26,8 +26,7 @@ _VALUE = re.compile(rb"(?![\t ])[\t\x20-\x7e\x80-\xff]*+(?<![\t ])")
 _TARGET = re.compile(rb"/[^\x00-\x20\x7f]*+|\*")
 _STATUS = re.compile(rb"[1-5][0-9]{2}")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
-_CONNECTION_SPECIFIC = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
-_NOT_TRAILERS = _CONNECTION_SPECIFIC | {b"content-length", b"host", b"te", b"authorization", b"set-cookie", b"cookie"}
+_NOT_TRAILERS = CONNECTION_SPECIFIC | {b"content-length", b"host", b"te", b"authorization", b"set-cookie", b"cookie"}
 _REQUEST_PSEUDO = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
 _SECRET = frozenset({b"authorization", b"cookie", b"set-cookie"})  # RFC 7541 7.1.3: kept out of the compression's table
 _EMPTY_BODY = frozenset({b"POST", b"PUT", b"PATCH"})  # RFC 9110 8.6: they say that there is none
@@ -122,7 +121,7 @@ def write_response(response: http.Response) -> list[Header]:
     fields = response.headers.fields
     if response.data.http_version != VERSION:
         named = {name.strip().lower() for name in response.headers.get("connection", "").encode("latin-1").split(b",")}
-        dropped = _CONNECTION_SPECIFIC | named
+        dropped = CONNECTION_SPECIFIC | named
         fields = tuple((lower, value) for name, value in fields if (lower := name.lower()) not in dropped)
     return [(b":status", b"%d" % response.status_code), *write_fields(fields)]
 
@@ -174,7 +173,7 @@ def _split(head: Iterable[Header], known: frozenset[bytes]) -> tuple[dict[bytes,
             pseudo[name] = value
         elif not _NAME.fullmatch(name):
             raise MalformedHead("a field's name is not a token in lower case")
-        elif name in _CONNECTION_SPECIFIC:
+        elif name in CONNECTION_SPECIFIC:
             raise MalformedHead(f"{name.decode()} has no meaning in HTTP/2")
         else:
             fields.append((name, value))

@@ -206,9 +206,7 @@ class Http(HttpLayer):
         for side in (self.client_side, *upstreams.values()):
             if isinstance(side, Http1Side):
                 continue
-            if (
-                side.conn not in self.congested
-            ):  # what waits here counts against windows, what waits in a socket does not
+            if side.conn not in self.congested:  # what waits here counts against windows, not so what a socket holds
                 side.frames.pump()
             side.forget()
 

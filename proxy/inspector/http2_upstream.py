@@ -57,9 +57,7 @@ class UpstreamSide(End):
         super().__init__(context, context.server, streams, Frames(client_side=True))
         self._ours: dict[int, int] = {}  # the client's stream id to the one here
         self._theirs: dict[int, int] = {}
-        self._owed: dict[
-            int, int
-        ] = {}  # as `_theirs`, of streams that are over and whose bytes still wait for a client
+        self._owed: dict[int, int] = {}  # as `_theirs`, of streams that are over: bytes of them wait for a client
         self._has_settings = False
 
     @property

@@ -54,9 +54,8 @@ _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 # NXDOMAIN is for names that do not exist for this workload. These do, and musl gives up a name whose AAAA is NXDOMAIN.
 _EXISTS = frozenset({Reason.ANCESTOR, Reason.QUERY_TYPE, Reason.PRIVATE_ADDRESS, Reason.NEVER_REACHED})
-_FAILED = frozenset(
-    {Reason.RESOLVER_FAILED, Reason.TOO_MANY_CONNECTIONS, Reason.LOG_FAILED, Reason.GATE_FAILED}
-)  # asked again later, the answer may be another
+# Asked again later, the answer may be another.
+_FAILED = frozenset({Reason.RESOLVER_FAILED, Reason.TOO_MANY_CONNECTIONS, Reason.LOG_FAILED, Reason.GATE_FAILED})
 _CODES = {
     Reason.UNKNOWN_WORKLOAD: ExtendedError.PROHIBITED,
     Reason.AMBIGUOUS_WORKLOAD: ExtendedError.PROHIBITED,

@@ -52,7 +52,6 @@ _RELOAD_STATUS = {
     ReloadOutcome.UNCHANGED: 200,
     ReloadOutcome.REFUSED: 422,
     ReloadOutcome.FAILED: 500,
-    ReloadOutcome.BUSY: 409,
 }
 _UNCONFIGURED = "no token is configured: give a file that holds one with --admin-token FILE, or send SIGHUP to the gate"
 _OUR_FAULT = "a part of the gate failed; its log says which"

@@ -21,7 +21,6 @@ class ReloadOutcome(StrEnum):
     UNCHANGED = "unchanged"  # the files say what they said before
     REFUSED = "refused"  # the files have problems; the former policy stays in force
     FAILED = "failed"  # a part of the gate failed
-    BUSY = "busy"  # another reload is under way
 
 
 @dataclass(frozen=True, slots=True)

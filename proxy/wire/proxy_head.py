@@ -17,9 +17,7 @@ from policies.addresses import Address
 from policies.hostnames import Hostname, MalformedName, parse_hostname
 
 MAX_HEAD = 16 * 1024  # a head that never ends must not grow our memory
-MAX_CREDENTIALS = (
-    1024  # characters of base64: a long run of combining marks takes the square of its length to normalise
-)
+MAX_CREDENTIALS = 1024  # characters of base64: combining marks take the square of their number to normalise
 
 _REQUEST_LINE = re.compile(rb"([A-Z]+(?:[-_][A-Z]+)*) ([\x21-\x7e]+) HTTP/1\.([01])\r\n")
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")

@@ -10,9 +10,7 @@ import struct
 from dataclasses import dataclass
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
-MAX_HEADER = (
-    4096  # bytes; addresses take 36, the rest is TLVs nobody reads: a balancer's mistake must not grow our memory
-)
+MAX_HEADER = 4096  # bytes; addresses take 36, the rest is TLVs nobody reads: a mistake must not grow our memory
 
 _MAX_V1 = 107  # 2.1: the longest line, CR LF included
 _V1 = b"PROXY "

@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 import trustme
+from mitmproxy.test import tflow
+
+from addons import stock as outgate_in_mitmproxy
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "addons" / "outgate.py"
@@ -223,6 +226,17 @@ def test_opaque_bytes_in_a_tunnel_reach_nothing(stock: Stock) -> None:
             target.accept()
 
     assert stock.records()[-1]["reason"] == "never_reached"
+
+
+def test_a_request_that_could_not_be_judged_is_not_forwarded() -> None:
+    """mitmproxy logs what a hook raises, and goes on."""
+    flow = tflow.tflow()
+    it = outgate_in_mitmproxy.Stock()
+
+    with pytest.raises(KeyError):
+        it.requestheaders(flow)  # of a connection that was never announced
+
+    assert flow.error is not None
 
 
 def test_a_policy_that_does_not_load_stops_the_start(tmp_path: Path) -> None:

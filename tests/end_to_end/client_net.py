@@ -5,19 +5,20 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from subprocess import PIPE
 
 from pki import distribution
-from tests.end_to_end.inside_origins import PLAIN_PORT, PORTS
+from tests.end_to_end import inside_origins
+from tests.end_to_end.inside_origins import API, PLAIN_PORT, PORTS
 from tests.end_to_end.namespaces import Namespaces, machines
 from tests.end_to_end.placed import CLEAN, Placed, make_authority
 from tests.end_to_end.world import CHECKOUT, OUTGATE
 
 CLIENT, BRIDGE, OUTSIDE, ORIGIN, ASKED = "10.77.1.2", "10.77.1.1", "10.77.2.1", "10.77.2.2", "203.0.113.7"
-LEADS = PORTS | {"one.example": PLAIN_PORT, "two.example": PLAIN_PORT}
+LEADS = PORTS | {"index.example": PORTS[API], "one.example": PLAIN_PORT, "two.example": PLAIN_PORT}
 
 
 class Net:
@@ -29,7 +30,7 @@ class Net:
         self._build(self.net)
         origins = stack.enter_context(
             subprocess.Popen(
-                self.net.inside("origin", [sys.executable, "-m", "tests.end_to_end.inside_origins", str(self.directory)]),
+                self.net.inside("origin", [sys.executable, "-m", inside_origins.__name__, str(self.directory)]),
                 stdin=PIPE, stdout=PIPE, text=True, cwd=CHECKOUT,
             )
         )  # fmt: skip
@@ -38,7 +39,12 @@ class Net:
         make_authority(self.directory)
         self._trust()
         self._hosts = self.directory / "hosts"
-        self._hosts.write_text("".join(f"{ASKED} {name}\n" for name in LEADS))
+        self.add_hosts(dict.fromkeys(LEADS, ASKED))
+
+    def add_hosts(self, addresses: Mapping[str, str]) -> None:
+        """Names that the client finds in its /etc/hosts."""
+        with self._hosts.open("a") as file:
+            file.writelines(f"{address} {name}\n" for name, address in addresses.items())
 
     def serve(self, policy: str, command: Sequence[str]) -> Placed:
         """`outgate serve` on the gate's machine: the names lead to the origins."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it is run by its path
 
-from proxy.sandbox import libc  # noqa: E402
-from proxy.sandbox.bpf import ANSWER, EQUAL, LOAD_WORD, Step, assemble  # noqa: E402
-from tests.sandbox_user import as_user  # noqa: E402
+from proxy.sandbox import libc
+from proxy.sandbox.bpf import ANSWER, EQUAL, LOAD_WORD, Step, assemble
+from tests.sandbox_user import as_user
 
 NUMBERS = Path("/usr/include") / f"{platform.machine()}-linux-gnu" / "asm" / "unistd_64.h"
 _ALLOW, _REFUSE = 0x7FFF_0000, 0x0005_0000  # linux/seccomp.h

@@ -59,9 +59,11 @@ class Wire:
         if not is_tcp:
             return what
         connection = ends + packet[size : size + 4]
+        if connection in self._opened:
+            return None  # a SYN too: the kernel sent it again
         if what:
             self._opened.add(connection)
-        return what or (None if connection in self._opened else f"stray tcp {ends.hex()}")
+        return what or f"stray tcp {ends.hex()}"
 
 
 def main(directory: Path, device: str) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import ssl
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -25,7 +25,7 @@ PLAIN_PORT = 8080  # of names that speak HTTP/1.1 without TLS
 class Forecast(grpc.GenericRpcHandler):
     """A service without messages: bytes in, bytes out."""
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes] | None:
         match details.method:
             case "/weather.Forecast/Echo":
                 return grpc.unary_unary_rpc_method_handler(lambda message, _context: message)
@@ -44,9 +44,24 @@ async def echo(connection: ServerConnection) -> None:
         await connection.send(message)
 
 
-async def main(directory: Path) -> None:
+def serve_grpc(certificate: trustme.LeafCert, chain: bytes) -> grpc.Server:
+    server = grpc.server(futures.ThreadPoolExecutor(4), handlers=[Forecast()])
+    credentials = grpc.ssl_server_credentials([(certificate.private_key_pem.bytes(), chain)])
+    server.add_secure_port(f"[::]:{PORTS[GRPC]}", credentials)
+    server.start()
+    return server
+
+
+async def serve_sockets(certificate: trustme.LeafCert, until: Callable[[], object]) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    async with serve(echo, None, PORTS[SOCKETS], ssl=context, max_size=None):
+        await asyncio.to_thread(until)
+
+
+def main(directory: Path) -> None:
     authority = trustme.CA(organization_name="The Origins' Own Authority")
-    issued = authority.issue_cert(*PORTS)
+    issued = authority.issue_cert(*PORTS, "index.example")
     chain = b"".join(part.bytes() for part in issued.cert_chain_pems)
     (directory / "chain.pem").write_bytes(chain)
     issued.private_key_pem.write_to_path(str(directory / "key.pem"))
@@ -55,19 +70,17 @@ async def main(directory: Path) -> None:
     files = [str(script), str(directory / "chain.pem"), str(directory / "key.pem")]
     command = ["node", *files, str(PORTS[API]), str(PLAIN_PORT)]
     node = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    server = grpc.server(futures.ThreadPoolExecutor(4), handlers=[Forecast()])
-    credentials = grpc.ssl_server_credentials([(issued.private_key_pem.bytes(), chain)])
-    server.add_secure_port(f"[::]:{PORTS[GRPC]}", credentials)
-    server.start()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    issued.configure_cert(context)
-    async with serve(echo, None, PORTS[SOCKETS], ssl=context, max_size=None):
+    server = serve_grpc(issued, chain)
+
+    def told_to_end() -> None:
         assert node.stdout
         print(node.stdout.readline(), end="", flush=True)
-        await asyncio.to_thread(sys.stdin.read)  # until whoever started us is done
+        sys.stdin.read()
+
+    asyncio.run(serve_sockets(issued, told_to_end))
     server.stop(0)
     node.communicate()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

@@ -75,7 +75,7 @@ class Namespaces:
     def run(self, machine: str, command: Sequence[str]) -> None:
         subprocess.run(self.inside(machine, command), check=True)
 
-    def socket(self, machine: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
+    def open_socket(self, machine: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
         """A socket of that machine, held by this process. A thread goes there to make it."""
         made: list[socket.socket] = []
         thread = threading.Thread(target=lambda: made.append(self._made_there(machine, family, kind, protocol)))

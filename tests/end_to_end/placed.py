@@ -80,7 +80,7 @@ class Origin:
 
     def look(self) -> Seen:
         """What came in since the last look."""
-        with self._net.socket(self._marker_from, socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        with self._net.open_socket(self._marker_from, socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"", MARKER)
         assert self._process.stdin
         self._process.stdin.write("look\n")

@@ -189,7 +189,7 @@ def children(pid: int, module: str = "") -> list[int]:
     try:
         found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [int(child) for child in found if module in Path(f"/proc/{child}/cmdline").read_text()]
-    except FileNotFoundError:  # gone meanwhile
+    except (FileNotFoundError, ProcessLookupError):  # gone meanwhile, before or after it was opened
         return []
 
 

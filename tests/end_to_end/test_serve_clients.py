@@ -50,6 +50,7 @@ class Gateway(Net):
         self.net.rules("gateway", fenced(SERVICE, GATEWAY, "nft"))
         command = ["serve", "--mode", "gateway", "-p", "policy.yaml", "--pki", "pki"]
         self.gate = stack.enter_context(self.serve(POLICY, command))
+        self.run([*CURL, "-o", "/dev/null", "https://api.example/"])  # from now on all of the inspector is there
 
     def inspector(self) -> int:
         [worker] = self.gate.workers()
@@ -67,12 +68,6 @@ class Gateway(Net):
 
     def forget_peak(self) -> None:
         Path(f"/proc/{self.inspector()}/clear_refs").write_text("5")
-
-    def cpu_s(self) -> float:
-        """Of every process of the gate."""
-        pids = [self.gate.process.pid, *self.gate.processes()]
-        ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in pids]
-        return sum(int(tick) for both in ticks for tick in both) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.fixture(scope="module")
@@ -128,17 +123,12 @@ def test_an_upload_that_is_denied_is_never_sent(net: Gateway) -> None:
 
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
 @pytest.mark.parametrize("version", ["h2", "http/1.1"])
-def test_every_one_of_many_requests_is_answered(net: Gateway, version: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_one_of_many_requests_is_answered(net: Gateway, version: str) -> None:
     streams, url = ("32", "https://api.example/bytes/100") if version == "h2" else ("1", "https://api.example/bytes/99")
     load = ["h2load", "-n", "1500", "-c", "4", "-m", streams, f"--npn-list={version}", url]
-    before = net.cpu_s()
     said = net.run(load)
-    spent = net.cpu_s() - before
     assert f"Application protocol: {version}" in said
     assert "status codes: 1500 2xx, 0 3xx, 0 4xx, 0 5xx" in said, said
-    rate = re.findall(r"finished in .*?, ([\d.]+) req/s", said)[0]
-    with capsys.disabled():
-        print(f"\n{version}: {rate} req/s, {1e6 * spent / 1500:.0f} µs of the gate's CPU a request")
     eventually(lambda: len(net.gate.records(**{"url.full": url, "verdict": "allow"})) == 1500, "one record for each")
 
 
@@ -280,41 +270,43 @@ def test_requests_sends_a_body_of_unknown_length(net: Gateway) -> None:
 
 # --- large bodies -----------------------------------------------------------------------------------------------------
 
-LARGE = 200 * MIB
-MAY_GROW_MIB = 48  # queues of a connection or two on both sides, and what Python keeps for the next
+LARGE = {"1.1": 200 * MIB, "2": 100 * MIB}
+MAY_GROW_MIB = 16  # queues on both sides, and what Python keeps for the next; 2 were seen
 
 
 @pytest.mark.parametrize("version", ["1.1", "2"])
 def test_a_large_download_arrives_whole_and_is_never_held(net: Gateway, version: str) -> None:
+    length = LARGE[version]
     net.forget_peak()
     before = net.rss_mib()
-    with net.start([*CURL, "--max-time", "80", f"--http{version}", f"https://api.example/bytes/{LARGE}"]) as curl:
+    with net.start([*CURL, "--max-time", "80", f"--http{version}", f"https://api.example/bytes/{length}"]) as curl:
         digest = hashlib.sha256()
         assert curl.stdout
         while data := curl.stdout.read(1 << 18):
             digest.update(data)
     assert curl.returncode == 0
-    assert digest.digest() == hashlib.sha256(b"outgate " * (LARGE // 8)).digest()
+    assert digest.digest() == hashlib.sha256(b"outgate " * (length // 8)).digest()
     assert net.peak_mib() < before + MAY_GROW_MIB
 
 
 @pytest.mark.parametrize("version", ["1.1", "2"])
 def test_a_large_upload_arrives_whole_and_is_never_held(net: Gateway, version: str) -> None:
+    length = LARGE[version]
     path = net.directory / "large"
-    if not path.exists():
-        path.write_bytes(b"outgate " * (LARGE // 8))
+    path.write_bytes(b"outgate " * (length // 8))
     net.forget_peak()
     before = net.rss_mib()
     said = net.run(
         [*CURL, "--max-time", "80", f"--http{version}", "-X", "POST", "-T", str(path), "https://api.example/sum"]
     )
-    assert json.loads(said) == {"length": LARGE, "sha256": hashlib.sha256(b"outgate " * (LARGE // 8)).hexdigest()}
+    assert json.loads(said) == {"length": length, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     assert net.peak_mib() < before + MAY_GROW_MIB
 
 
 SLOW = """
 import socket, ssl, time
-tls = ssl.create_default_context().wrap_socket(socket.create_connection(("api.example", 443)), server_hostname="api.example")
+sock = socket.create_connection(("api.example", 443))
+tls = ssl.create_default_context().wrap_socket(sock, server_hostname="api.example")
 tls.sendall(b"GET /bytes/100000000 HTTP/1.1\\r\\nHost: api.example\\r\\n\\r\\n")
 got = len(tls.recv(1000))
 print("begun", flush=True)

@@ -253,11 +253,19 @@ class Rig:
                 if isinstance(ended, Exception):
                     self.failures.append(ended)
             (self.inspector if self.in_process else self.core).close()
-            await asyncio.sleep(0.05)  # transports tell their protocols of the end
+            await self._let_go()
+
+    async def _let_go(self) -> None:
+        """Wait for transports to tell their protocols of the end: a goodbye of TLS takes a turn of its peer."""
+        end = self.loop.time() + WAIT_S
+        sockets = self.loop._selector.get_map()  # type: ignore[attr-defined]  # asyncio's; one is the loop's own
+        while len(sockets) > 1 and self.loop.time() < end:  # noqa: ASYNC110 - peers are other threads and processes
+            await asyncio.sleep(0.002)
 
     async def _accept(self, listener: socket.socket, tasks: set[asyncio.Task[None]]) -> None:
         while True:
-            sock, source = await self.loop.sock_accept(listener)
+            accepted, source = await self.loop.sock_accept(listener)
+            sock = socket.socket(fileno=accepted.detach())  # as the inspector's process has it: of a known protocol
             task = asyncio.create_task(self._hand_over(sock, source))
             tasks.add(task)
             task.add_done_callback(tasks.discard)
@@ -302,6 +310,7 @@ class Rig:
     def connect(self, host: str = HOST) -> socket.socket:
         """A client's connection: TLS for `host`, verified by our roots, or plain."""
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.plain:
             return sock
         context = ssl.create_default_context(cafile=str(self.roots))

@@ -247,7 +247,6 @@ def test_metrics_that_do_not_come_are_503_and_hold_up_nobody(it: Port, monkeypat
         (ReloadResult(ReloadOutcome.UNCHANGED, "0123456789ab"), 200),
         (ReloadResult(ReloadOutcome.REFUSED, "0123456789ab", ("a.yaml:3: unknown key", "b.yaml:1: bad")), 422),
         (ReloadResult(ReloadOutcome.FAILED, "0123456789ab", ("worker 1 did not take it",)), 500),
-        (ReloadResult(ReloadOutcome.BUSY, "0123456789ab"), 409),
     ],
     ids=lambda value: value.outcome.value if isinstance(value, ReloadResult) else "",
 )

@@ -56,6 +56,19 @@ def settled(gate: Rig) -> int:
     return seen[-1]
 
 
+def send_until_held(client: Client, stream: int) -> int:
+    """Send a body that has no end until no window opens any more; how much that was."""
+    sent = 0
+    while sent < 64 * MIB:
+        if room := min(client.h2.local_flow_control_window(stream), 16384):
+            client.h2.send_data(stream, bytes(room))
+            client.flush()
+            sent += room
+        elif not client.read(0.5):
+            break
+    return sent
+
+
 def test_a_client_that_never_opens_its_window_holds_one_window_and_no_more(tmp_path: Path) -> None:
     """mitmproxy would take all of it: 131 MB for one such stream."""
     with rig(tmp_path) as gate, Client(gate, acknowledges=False) as client:
@@ -118,13 +131,7 @@ def test_an_upload_that_the_origin_does_not_take_is_held_at_its_source(tmp_path:
     with rig(tmp_path) as gate, Client(gate) as client:
         origin_of(gate).acknowledges = False
         stream = client.send(method="POST", ends=False)
-        sent = 0
-        while room := min(client.h2.local_flow_control_window(stream), 16384):
-            client.h2.send_data(stream, bytes(room))
-            client.flush()
-            sent += room
-            while client.read(0.1):
-                pass
+        sent = send_until_held(client, stream)
         assert 65535 < sent <= 65535 + STREAM_WINDOW
         assert buffered(gate) <= STREAM_WINDOW
         assert client.get().status == 200
@@ -163,14 +170,7 @@ def test_an_upload_that_an_http1_origin_does_not_read_is_held_at_its_source(tmp_
         gate.origin._read = read  # type: ignore[method-assign,assignment]
         with Client(gate) as client:
             stream = client.send(method="POST", ends=False)
-            sent = 0
-            while sent < 64 * MIB:
-                if room := min(client.h2.local_flow_control_window(stream), 16384):
-                    client.h2.send_data(stream, bytes(room))
-                    client.flush()
-                    sent += room
-                elif not client.read(1.0):
-                    break
+            sent = send_until_held(client, stream)
             assert sent < 16 * MIB  # the kernel's buffer on the way to the origin
             assert buffered(gate) <= WRITE_BUFFER + STREAM_WINDOW + READ
             assert client.get().status == 200
@@ -194,13 +194,7 @@ def test_a_body_that_comes_before_its_origin_is_there_waits_in_one_window(tmp_pa
         gate.core.upstream.open = open_late  # type: ignore[method-assign]
         with Client(gate) as client:
             stream = client.send(method="POST", ends=False)
-            sent = 0
-            while room := min(client.h2.local_flow_control_window(stream), 16384):
-                client.h2.send_data(stream, bytes(room))
-                client.flush()
-                sent += room
-                while client.read(0.1):
-                    pass
+            sent = send_until_held(client, stream)
             assert sent <= STREAM_WINDOW
             assert buffered(gate) <= STREAM_WINDOW
             may_open.set()

@@ -18,7 +18,7 @@ from addons.judge import Conversation
 from addons.upstream import Resolution
 from pki.authority import create_authority
 from policies.hostnames import Hostname
-from proxy.inspector import Bounds
+from proxy.inspector import Bounds, core
 from tests.proxy.gates import eventually
 from tests.proxy.inspecting import HAS_CURL, HOST, NOTHING, WAIT_S, Reply, Rig, get, read_reply, response
 
@@ -306,6 +306,13 @@ def test_an_origin_that_never_finishes_its_handshake_times_out(tmp_path: Path) -
         assert rig.send(get()).reason == "upstream_timeout"
 
 
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines are looked at often."""
+    monkeypatch.setattr(core, "SWEEP_S", 0.1)
+
+
+@pytest.mark.usefixtures("often")
 def test_an_origin_that_never_answers_is_given_up(tmp_path: Path) -> None:
     release = threading.Event()
 
@@ -476,6 +483,7 @@ def test_a_client_that_goes_away_in_its_handshake_is_recorded(tmp_path: Path) ->
         assert reasons(rig) == ["client_gone"]
 
 
+@pytest.mark.usefixtures("often")
 def test_a_head_dribbled_for_too_long_is_cut(tmp_path: Path) -> None:
     with Rig(tmp_path, bounds=Bounds(head_s=0.3)) as rig, rig.connect() as sock:
         sock.sendall(get()[:-2])
@@ -484,6 +492,7 @@ def test_a_head_dribbled_for_too_long_is_cut(tmp_path: Path) -> None:
         assert reasons(rig) == ["hello_timeout"]
 
 
+@pytest.mark.usefixtures("often")
 def test_an_idle_connection_is_closed_without_a_record(tmp_path: Path) -> None:
     with Rig(tmp_path, bounds=Bounds(idle_s=0.3)) as rig, rig.connect() as sock:
         sock.sendall(get())
@@ -492,6 +501,7 @@ def test_an_idle_connection_is_closed_without_a_record(tmp_path: Path) -> None:
         assert reasons(rig) == ["rule"]
 
 
+@pytest.mark.usefixtures("often")
 def test_a_client_that_stops_in_its_body_is_closed_and_recorded(tmp_path: Path) -> None:
     with Rig(tmp_path, bounds=Bounds(idle_s=0.5)) as rig, rig.connect() as sock:
         sock.sendall(PUT.encode() + b"Content-Length: 10\r\n\r\nhalf")
