@@ -86,10 +86,12 @@ def _read_pattern(key: bytes) -> tuple[Hostname, bool]:
     return Hostname(text.removeprefix("*.")), text.startswith("*.")
 
 
-_TEXTS = _Keys[str](lambda key: key.encode("utf-8", "surrogatepass"), lambda key: key.decode("utf-8", "surrogatepass"))
-_HOSTNAMES = _Keys[Hostname](str.encode, lambda key: Hostname(key.decode()))
+_TEXTS: _Keys[str] = _Keys(
+    lambda key: key.encode("utf-8", "surrogatepass"), lambda key: key.decode("utf-8", "surrogatepass")
+)
+_HOSTNAMES: _Keys[Hostname] = _Keys(str.encode, lambda key: Hostname(key.decode()))
 _PATTERNS = _Keys(_spell_pattern, _read_pattern)
-_PREFIXES = _Keys[int](lambda number: b"%x" % number, lambda key: int(key, 16))
+_PREFIXES: _Keys[int] = _Keys(lambda number: b"%x" % number, lambda key: int(key, 16))
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
