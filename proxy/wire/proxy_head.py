@@ -88,7 +88,7 @@ def parse_head(data: bytes) -> ProxyHead | None:
 def parse_credentials(value: bytes) -> tuple[str, str] | None:
     """Name and password of a `Basic` value (RFC 7617, charset UTF-8), each in the one form NFC. None: it is none."""
     found = _BASIC.fullmatch(value)
-    if found is None or len(found[1]) > MAX_CREDENTIALS:
+    if found is None or len(found[1]) > MAX_CREDENTIALS or len(found[1]) % 4:  # RFC 4648 4: groups of four
         return None
     try:
         text = normalize("NFC", a2b_base64(found[1], strict_mode=True).decode("utf-8"))
