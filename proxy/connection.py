@@ -303,18 +303,9 @@ class Connection(Peeking):
     # --- the end ---
 
     def abort(self) -> None:
-        """Close it now, whatever it is doing; the gate is stopping."""
         if self._flow is not None and not self._is_told:
             self._flow.cancel()
-        if self._is_told:
-            self._close(resetting=True)
-        elif not self.is_over:
-            self._fail()
-
-    def failed(self, error: Exception) -> None:
-        """A callback crashed: this connection is closed and recorded, no other is touched."""
-        if not self.is_over:
-            self._fail()
+        super().abort()
 
     def _fail(self) -> None:
         self._close(resetting=True)

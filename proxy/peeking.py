@@ -26,6 +26,7 @@ class Peeking(ABC):
     _read   the bytes there are; `_await_more` waits for another one
     _leave  the client has gone, or its connection broke
     _late   the deadline has come
+    _fail   a part of ours failed: close it, and record that
     """
 
     __slots__ = ("_gate", "_give_up", "_is_resting", "_left", "_most", "_wanted", "deadline", "fd", "is_over", "peer",
@@ -52,6 +53,9 @@ class Peeking(ABC):
     @abstractmethod
     def _late(self) -> None: ...
 
+    @abstractmethod
+    def _fail(self) -> None: ...
+
     # What the listener asks of a guest (`Guest`).
 
     @abstractmethod
@@ -59,12 +63,6 @@ class Peeking(ABC):
 
     @abstractmethod
     def refuse(self, reason: Reason) -> None: ...
-
-    @abstractmethod
-    def abort(self) -> None: ...
-
-    @abstractmethod
-    def failed(self, error: Exception) -> None: ...
 
     @property
     def _is_silent(self) -> bool:
@@ -134,6 +132,18 @@ class Peeking(ABC):
             self._late()
 
     # --- the end ---
+
+    def abort(self) -> None:
+        """Close it now, whatever it is doing; the gate is stopping."""
+        if self._is_told:
+            self._close(resetting=True)
+        elif not self.is_over:
+            self._fail()
+
+    def failed(self, error: Exception) -> None:
+        """A callback crashed: this connection is closed and recorded, no other is touched."""
+        if not self.is_over:
+            self._fail()
 
     def _give_on(self) -> None:
         """The socket is somebody else's from now on."""

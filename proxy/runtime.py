@@ -8,11 +8,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
-from policies.engine import admit, carries_plain, decide, expect, identify
+from policies.engine import admit, carries_plain, expect
 from policies.hostnames import Hostname
 from policies.index import Policy
 from policies.model import UNKNOWN, Action, Address, Attempt, Network, Reason, Stage, Verdict
@@ -27,6 +27,7 @@ from proxy.lookups import Lookups
 from proxy.metrics.meter import Counts, Totals
 from proxy.original_dst import OriginalDst
 from proxy.own_doors import OwnDoors
+from proxy.policy_in_force import PolicyInForce
 from proxy.record import Peer, Record, Sink, new_id, record_of
 from proxy.relays.dns import DnsRelay
 from proxy.resolver import Resolver
@@ -87,9 +88,8 @@ class Gate:
         inner: Totals | None = None,
     ) -> None:
         self._settings = settings
-        self._policy = policy  # the one place: whoever judges reads it anew
+        self._in_force = PolicyInForce(policy, settings.workload)
         self._compiled = settings.compiled
-        self._closed_for: Reason | None = None
         self._record = record
         self._lookups = Lookups()
         nameservers = system_nameservers() if settings.nameservers is None else settings.nameservers
@@ -106,10 +106,10 @@ class Gate:
         self._listener = Listener(
             self._epoll,
             original_dst=original_dst,
-            identify=self._identify,
-            expect=lambda workload, port: expect(self._policy, workload, port),
-            carries_plain=lambda workload, port: carries_plain(self._policy, workload, port),
-            decide=self._decide,
+            identify=self._in_force.identify,
+            expect=lambda workload, port: expect(self._in_force.policy, workload, port),
+            carries_plain=lambda workload, port: carries_plain(self._in_force.policy, workload, port),
+            decide=self._in_force.decide,
             admit=admit,
             names_of=self._lookups.names_of,
             resolver=self._resolver,
@@ -123,11 +123,11 @@ class Gate:
             dialled=counts.dialled,
         )
         self._dns = DnsRelay(
-            self._decide,
+            self._in_force.decide,
             self._resolver,
             self._lookups,
             self._note,
-            workload=self._identify,
+            workload=self._in_force.identify,
             generation=lambda: self.generation,
             search=system_search(),
         )
@@ -137,7 +137,7 @@ class Gate:
     @property
     def generation(self) -> str:
         """Of the policy that judges what is attempted from now on."""
-        return self._policy.generation
+        return self._in_force.policy.generation
 
     async def swap(self, compiled: BinaryIO) -> None:
         """Judge by the policy in `compiled`, which is the gate's from now on.
@@ -152,7 +152,7 @@ class Gate:
             compiled.close()
             raise
         former, self._compiled = self._compiled, compiled
-        self._policy = policy
+        self._in_force.policy = policy
         if former is not None:
             former.close()
         self._lookups.keep(policy.index)
@@ -160,7 +160,7 @@ class Gate:
 
     def close_for(self, reason: Reason | None) -> None:
         """Deny every attempt for `reason`, until it is None. Flows that were let through stay."""
-        self._closed_for = reason
+        self._in_force.close_for(reason)
         self._inspector.close_for(reason)
 
     def stats(self) -> dict[str, float]:
@@ -244,18 +244,10 @@ class Gate:
         while self._listener.open_connections and loop.time() < end:  # noqa: ASYNC110 - a bounded look, once, at the end
             await asyncio.sleep(LOOK_S)
 
-    def _identify(self, address: Address, user: str | None = None) -> str:
-        return self._settings.workload or identify(self._policy, address, user)
-
-    def _decide(self, attempt: Attempt) -> Verdict:
-        if self._closed_for and not attempt.fault:
-            attempt = replace(attempt, fault=self._closed_for)
-        return decide(self._policy, attempt)
-
     def _duplicate(self) -> BinaryIO:
         """One more descriptor of the compiled policy."""
         if self._compiled is None:
-            self._compiled = write_policy(self._policy)
+            self._compiled = write_policy(self._in_force.policy)
         return duplicate(self._compiled)
 
     def _note(self, record: Record) -> None:
@@ -275,7 +267,7 @@ class Gate:
             address=address,
             names=self._lookups.names_of(workload, address),
         )
-        verdict = self._decide(attempt)
+        verdict = self._in_force.decide(attempt)
         if verdict.is_allow:
             verdict = Verdict(Action.DENY, Reason.NOT_SERVED, attempt.stage, verdict.rule)
         self._note(record_of(attempt, verdict, id=new_id(), destination=(str(address), port)))

@@ -315,16 +315,10 @@ class Caller(Peeking):
         return self._head is None and self._is_silent
 
     def abort(self) -> None:
-        """Close it now, whatever it is doing; the gate is stopping."""
-        if self._is_told or self._asks_nothing:
+        if self._asks_nothing:
             self._close(resetting=True)
-        elif not self.is_over:
-            self._fail()
-
-    def failed(self, error: Exception) -> None:
-        """A callback crashed: this connection is closed and recorded, no other is touched."""
-        if not self.is_over:
-            self._fail()
+        else:
+            super().abort()
 
     def _fail(self) -> None:
         self._close(resetting=True)

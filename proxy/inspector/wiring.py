@@ -22,10 +22,9 @@ from addons.record import Outcome, Recorder
 from addons.upstream import Upstream, trust_origins
 from pki.authority import Issuing
 from pki.leaves import HTTP_2, Leaves, tls_leaves
-from policies.engine import decide, identify
 from policies.hostnames import Hostname
 from policies.index import Policy
-from policies.model import Address, Attempt, Reason, Verdict
+from policies.model import Address, Reason
 from proxy.config import UpstreamProxy
 from proxy.dialer import interleave
 from proxy.hosts import HostsEntry
@@ -35,6 +34,7 @@ from proxy.inspector.outcome import record_of_lost, record_of_outcome
 from proxy.metrics.meter import Counts
 from proxy.original_dst import parse_address
 from proxy.own_doors import OwnDoors
+from proxy.policy_in_force import PolicyInForce
 from proxy.record import Sink, new_id
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
 from proxy.upstream_proxy import SiteProxy, parse_direct
@@ -42,16 +42,12 @@ from proxy.upstream_proxy import SiteProxy, parse_direct
 MAX_LEAVES = 1024  # of each protocol; 26 kB each, and a wildcard rule admits more names than memory has room for
 
 
-class Bench:
-    """Where every request of this process is judged: the policy in force, in one place.
-
-    workload  every connection is this workload's; None: as its source address or its user says
-    """
+class Bench(PolicyInForce):
+    """Where every request of this process is judged."""
 
     def __init__(self, policy: Policy, workload: str | None) -> None:
-        self._workload = workload
-        self._closed_for: Reason | None = None
-        self.judge = Judge(self._decide, now=time.time, new_id=new_id, identify=self._identify)
+        super().__init__(policy, workload)
+        self.judge = Judge(self.decide, now=time.time, new_id=new_id, identify=self._identify)
         self.swap(policy)
 
     def swap(self, policy: Policy) -> None:
@@ -59,17 +55,8 @@ class Bench:
         self.policy = policy
         self.judge.generation = policy.generation
 
-    def close_for(self, reason: Reason | None) -> None:
-        """Deny every request for `reason`, until it is None."""
-        self._closed_for = reason
-
-    def _decide(self, attempt: Attempt) -> Verdict:
-        if self._closed_for and not attempt.fault:
-            attempt = replace(attempt, fault=self._closed_for)
-        return decide(self.policy, attempt)
-
     def _identify(self, conversation: Conversation) -> str:
-        return self._workload or identify(self.policy, parse_address(conversation.source[0]), conversation.user)
+        return self.identify(parse_address(conversation.source[0]), conversation.user)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,6 @@ class Supervisor:
 
     def __init__(self, config: Config, doors: Sequence[OpenDoor]) -> None:
         self._config = config
-        self._document = _document(config)
         self._doors = doors
         self._turns = share_turns()
         self._totals = Totals()
@@ -68,7 +67,6 @@ class Supervisor:
         """Returns when every worker serves. Raises Unready."""
         if self._config.admin and not self._config.admin[1]:  # a port of ours, which no worker may ever dial
             await self._open_admin()
-            self._document = _document(replace(self._config, admin=self.admin_address))
         for worker in self._workers:
             worker.start()  # it loads its code while the compiler reads the policy
         loading = asyncio.create_task(self._reloads.first())
@@ -168,7 +166,8 @@ class Supervisor:
 
     def _introduce(self, number: int) -> Iterator[Sent]:
         yield LogTurns(), open(os.dup(self._turns), "rb")  # noqa: SIM115 - given away
-        yield Configuration(), memory(self._document, "configuration")
+        config = replace(self._config, admin=self.admin_address or self._config.admin)
+        yield Configuration(), memory(json.dumps(to_document(config)).encode(), "configuration")
         for door in self._doors:
             yield Door(door.is_proxy), door.sockets[number - 1].dup()
         if self._reloads.in_force:
@@ -244,7 +243,3 @@ class Supervisor:
         if self._reloads.in_force:
             numbers["outgate_policy_loaded_timestamp_seconds"] = self._reloads.in_force.loaded
         return numbers
-
-
-def _document(config: Config) -> bytes:
-    return json.dumps(to_document(config)).encode()

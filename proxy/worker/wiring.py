@@ -49,14 +49,10 @@ class Serving:
     async def judge_by(self, judge: Judge, compiled: BinaryIO) -> None:
         """Judge by the policy in `compiled`, which is ours from now on. Raises NotCompiled; then all is as it was."""
         self._issuing = judge.issuing or self._issuing
-        try:
-            if self._gate:
-                await self._gate.swap(compiled)
-            else:
-                self._gate = self._open(compiled)
-        except NotCompiled:
-            compiled.close()
-            raise
+        if self._gate:
+            await self._gate.swap(compiled)
+        else:
+            self._gate = self._open(compiled)
         self._inspects = judge.inspects
         if self._inspects:
             self._gate.start_inspector()
@@ -90,7 +86,11 @@ class Serving:
         self._log.close()
 
     def _open(self, compiled: BinaryIO) -> Gate:
-        policy = read_policy(compiled)
+        try:
+            policy = read_policy(compiled)
+        except NotCompiled:
+            compiled.close()
+            raise
         config = self._config
         settings = Settings(
             issuing=lambda: self._issuing or issuing_pem(new_authority()),  # plain HTTP is inspected, and shows no leaf

@@ -136,7 +136,7 @@ def test_the_longest_wait_during_a_swap(
     with clients() as load, Serving(tmp_path, of_app(*SERVED)) as it:
 
         def unpickle() -> None:
-            it.gate._policy = pickle.loads(pickled.read_bytes())
+            it.gate._in_force.policy = pickle.loads(pickled.read_bytes())
 
         def measure() -> None:
             ready = compiled(path)
