@@ -27,10 +27,10 @@ find-python:
 demo: setup ## the main job: a request let through and a request refused, on real TLS (no root, no network)
 	@$(VENV)/bin/python scripts/demo.py
 
-test: setup system ## every test
+test: system ## every test
 	$(VENV)/bin/python -m pytest
 
-check: setup system ## format, lint, types, tests
+check: system ## format, lint, types, tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -41,14 +41,15 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 
 bench: setup ## ratios against a peer measured in the same run
-	$(VENV)/bin/python -m pytest --benchmark-only --override-ini addopts="--import-mode=importlib" -s tests/bench
+	$(VENV)/bin/python -m pytest --benchmark-only --override-ini addopts="-p no:anyio --import-mode=importlib" -s tests/bench
 
 soak: setup ## a million short connections, a thousand idle ones, ever new names: is memory flat? (N=1000000)
 	$(VENV)/bin/python -m scripts.soak $(N)
 
 .PHONY: system
-system: ## install the system programs that tests use when root, else name them
+system: setup ## install the system programs that tests use when root, else name them
 	@scripts/system-packages
+	@scripts/javascript-runtimes $(VENV)/js
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

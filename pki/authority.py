@@ -1,67 +1,148 @@
-"""Certificates in memory: roots, the issuing CA below them, and a leaf for each host. It reads no clock and no file.
+"""Certificates in memory: roots, issuing CAs below them, and a leaf for each host. It reads no clock and no file.
 
-The profile is what the strictest clients ask for (RFC 5280 4.2.1, CA/B baseline, Python 3.13's VERIFY_X509_STRICT):
-key identifiers everywhere, critical basic constraints and key usage, an address as iPAddress and never as dNSName.
+`profile` says what stands in a certificate, `constraints` to which names a CA is limited; `rotation` moves CAs from
+one state to the next.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from ipaddress import IPv4Address, IPv6Address, ip_address
+from datetime import datetime, timedelta
+from enum import StrEnum
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-BACKDATING = timedelta(hours=1)  # a workload's clock may be slow; counted in every life below
+from pki.constraints import constraints_of, covers, limits_subject, name_constraints, permitted_domains
+from pki.profile import (
+    BACKDATING,
+    MAX_NAME,
+    AuthorityError,
+    CaKey,
+    CaPublicKey,
+    ca_name,
+    digest_for,
+    identifier_of,
+    leaf_name,
+    life_from,
+    path_length_of,
+    unsigned_ca,
+    unsigned_leaf,
+)
+
+__all__ = [
+    "BACKDATING", "LEAF_LIFE", "LEAST_LIFE", "MAX_NAME", "YEAR", "Authority", "AuthorityError", "CaKey", "CaPublicKey",
+    "Issuing", "KeyKind", "Leaf", "Line", "Root", "State", "certificate_id", "certificates_pem", "covers",
+    "create_authority", "create_issuing", "create_key", "create_root", "cross_sign", "fingerprint", "is_ending",
+    "issue_leaf", "key_pem", "name_constraints", "permitted_domains",
+]  # fmt: skip
+
 LEAF_LIFE = timedelta(days=7)  # clients refuse long-lived leaves: 398 days once, 200 now, 47 from 2029 (CA/B SC-081v3)
+LEAST_LIFE = timedelta(minutes=5)  # a clock that is a little fast refuses what ends sooner
 YEAR = timedelta(days=365.25)
-MAX_NAME = 64  # RFC 5280 A.1: ub-organization-name and ub-common-name
-
-_HOST = re.compile(r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
-_MAX_HOST = 253
 
 
-class AuthorityError(Exception):
-    """No certificate is issued: the name cannot stand in one, or its issuer is not valid now. `str()` says which."""
+class KeyKind(StrEnum):
+    """What kind of key is made."""
+
+    EC_P256 = "ec-p256"
+    RSA_2048 = "rsa-2048"
+    RSA_3072 = "rsa-3072"
+    RSA_4096 = "rsa-4096"
+
+
+class Line(StrEnum):
+    """A root and what stands below it. A server may show leaves of both lines, each to the clients that can read it."""
+
+    MAIN = "main"
+    RSA = "rsa"  # beside the main one, for clients that know no elliptic curves
+
+
+class State(StrEnum):
+    """Where a CA stands in a rotation. Workloads are to trust a root in each of them."""
+
+    STAGED = "staged"  # signs nothing yet
+    ACTIVE = "active"
+    RETIRING = "retiring"  # signs nothing any more
 
 
 @dataclass(frozen=True, slots=True)
 class Root:
-    """What workloads trust. `key` is None where it is kept offline."""
+    """What workloads trust.
+
+    key      None where it is kept offline
+    crosses  the same name and key signed by other roots, for clients that trust only one of those
+    since    when it came into its state; None: nobody wrote it down
+    """
 
     certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey | None = None
+    key: CaKey | None = None
+    crosses: tuple[x509.Certificate, ...] = ()
+    state: State = State.ACTIVE
+    line: Line = Line.MAIN
+    since: datetime | None = None
+
+    @property
+    def sent(self) -> tuple[x509.Certificate, ...]:
+        """What goes with the leaves below it."""
+        return self.crosses
 
 
 @dataclass(frozen=True, slots=True)
 class Issuing:
-    """What signs leaves. `chain` is sent after every leaf: this CA's certificate first, never a root."""
+    """What signs leaves. `chain` is sent after every leaf: this CA's certificate first, never a self-signed one."""
 
     certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
+    key: CaKey
     chain: tuple[x509.Certificate, ...]
+    state: State = State.ACTIVE
+    line: Line = Line.MAIN
+    since: datetime | None = None
+
+    @property
+    def sent(self) -> tuple[x509.Certificate, ...]:
+        """What goes with the leaves below it."""
+        return self.chain
 
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """An issuing CA and the roots above it. A gate works without any root; a trust bundle needs one."""
+    """Roots and the issuing CAs below them. A gate works without any root; a trust bundle needs one.
 
-    issuing: Issuing
+    given  CAs that were signed for other systems, which keep the keys
+    """
+
     roots: tuple[Root, ...]
+    issuing: tuple[Issuing, ...]
+    given: tuple[x509.Certificate, ...] = ()
+
+    @property
+    def issuers(self) -> tuple[Issuing, ...]:
+        """What signs leaves now, the main line first."""
+        active = (one for one in self.issuing if one.state is State.ACTIVE)
+        return tuple(sorted(active, key=lambda one: one.line is not Line.MAIN))
+
+    @property
+    def issuer(self) -> Issuing:
+        """What signs the leaves of the main line."""
+        return self.issuers[0]
+
+    @property
+    def trusted(self) -> tuple[x509.Certificate, ...]:
+        """What workloads must trust: every root, also while it waits or goes."""
+        return tuple(root.certificate for root in self.roots)
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A certificate for one host with a key of its own. From `renew_at` on, mint another."""
+    """A certificate for one host and its key. From `renew_at` on, mint another."""
 
     host: str
     certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
+    key: CaKey
     chain: tuple[x509.Certificate, ...]
     renew_at: datetime
 
@@ -71,55 +152,170 @@ class Leaf:
 
 
 def create_authority(
-    now: datetime, *, name: str = "Outgate", root_years: int = 10, issuing_life: timedelta = YEAR
+    now: datetime,
+    *,
+    name: str = "Outgate",
+    root_years: int = 10,
+    issuing_life: timedelta = YEAR,
+    permitted: Sequence[str] = (),
+    with_rsa: bool = False,
+    root_keys: Mapping[Line, CaKey] | None = None,
+    issuing_key: CaKey | None = None,
 ) -> Authority:
-    """A new root, and an issuing CA that it signed. Raises AuthorityError when `name` cannot stand in a certificate."""
-    root = create_root(now, name=name, years=root_years)
-    return Authority(create_issuing(root, now, name=name, life=issuing_life), (root,))
+    """A new root, and an issuing CA that it signed.
+
+    permitted    domains outside which no client accepts a leaf (see `create_issuing`); empty: no such limit
+    with_rsa     the same again with RSA-3072 keys, for clients that know no elliptic curves
+    root_keys    to use instead of new ones
+    issuing_key  of the main line, to use instead of a new one
+
+    Raises AuthorityError when `name` or a domain cannot stand in a certificate.
+    """
+    kinds = {Line.MAIN: KeyKind.EC_P256} | ({Line.RSA: KeyKind.RSA_3072} if with_rsa else {})
+    given = root_keys or {}
+    roots = [
+        create_root(now, name=name, years=root_years, kind=kind, key=given.get(line), line=line)
+        for line, kind in kinds.items()
+    ]
+    issuing = [
+        create_issuing(
+            root,
+            now,
+            name=name,
+            life=issuing_life,
+            kind=kinds[root.line],
+            key=issuing_key if root.line is Line.MAIN else None,
+            permitted=permitted,
+        )
+        for root in roots
+    ]
+    return Authority(tuple(roots), tuple(issuing))
 
 
-def create_root(now: datetime, *, name: str, years: int = 10) -> Root:
-    """A new self-signed root, without a path length: Go and OpenSSL would hold cross certificates against it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = _ca_name(name, "root", key)
-    unsigned = _unsigned_ca(subject, key, _life(now, years * YEAR), path_length=None)
-    return Root(unsigned.sign(key, hashes.SHA256()), key)
+def create_root(
+    now: datetime,
+    *,
+    name: str,
+    years: int = 10,
+    kind: KeyKind = KeyKind.EC_P256,
+    key: CaKey | None = None,
+    state: State = State.ACTIVE,
+    line: Line = Line.MAIN,
+) -> Root:
+    """A new self-signed root, without a path length: Go and OpenSSL would hold cross certificates against it.
+
+    key  to use instead of a new one of `kind`
+    """
+    key = key or create_key(kind)
+    subject = ca_name(name, "root", key)
+    unsigned = unsigned_ca(subject, key.public_key(), life_from(now, years * YEAR), path_length=None)
+    return Root(unsigned.sign(key, digest_for(key)), key, state=state, line=line, since=now)
 
 
-def create_issuing(root: Root, now: datetime, *, name: str, life: timedelta = YEAR) -> Issuing:
-    """A new issuing CA below `root`, which it does not outlive. Raises AuthorityError without the root's key."""
-    if root.key is None:
-        raise AuthorityError(f"root {certificate_id(root.certificate)} has no key here; sign where its key is kept")
-    _require_valid(root.certificate, now)
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = _ca_name(name, "issuing CA", key)
-    unsigned = _unsigned_ca(subject, key, _life(now, life, root.certificate), root.certificate, path_length=0)
-    certificate = unsigned.sign(root.key, hashes.SHA256())
-    return Issuing(certificate, key, (certificate,))
+def create_issuing(
+    root: Root,
+    now: datetime,
+    *,
+    name: str,
+    life: timedelta = YEAR,
+    kind: KeyKind = KeyKind.EC_P256,
+    key: CaKey | None = None,
+    permitted: Sequence[str] | x509.NameConstraints = (),
+    path_length: int = 0,
+    state: State = State.ACTIVE,
+) -> Issuing:
+    """A new issuing CA below `root`, which it does not outlive.
+
+    key          to use instead of a new one of `kind`
+    permitted    domains: clients then accept leaves for these and what is below them, and for no address; or the
+                 constraints of another CA; empty: for every name
+    path_length  how many CAs may stand below it
+
+    Raises AuthorityError without the root's key or with the same, or for a domain that is no host name in normal form.
+    """
+    root_key = _signer(root, now)
+    allowed = path_length_of(root.certificate)
+    if allowed is not None and path_length >= allowed:
+        raise AuthorityError(f"root {certificate_id(root.certificate)} allows {allowed} CAs in a row below it")
+    key = key or create_key(kind)
+    if key.public_key() == root.certificate.public_key():  # a gate would hold the root's
+        raise AuthorityError(f"an issuing CA with the key of root {certificate_id(root.certificate)}; use another key")
+    unsigned = unsigned_ca(
+        ca_name(name, "issuing CA", key),
+        key.public_key(),
+        life_from(now, life, root.certificate),
+        root.certificate,
+        path_length=path_length,
+    )
+    if permitted:
+        limits = permitted if isinstance(permitted, x509.NameConstraints) else name_constraints(permitted)
+        unsigned = unsigned.add_extension(limits, critical=True)
+    certificate = unsigned.sign(root_key, digest_for(root_key))
+    return Issuing(certificate, key, (certificate,), state=state, line=root.line, since=now)
 
 
-def issue_leaf(issuing: Issuing, host: str, now: datetime) -> Leaf:
+def cross_sign(subject: Root, signer: Root, now: datetime, *, until: datetime | None = None) -> x509.Certificate:
+    """The name and key of `subject`, signed by `signer`: who trusts `signer` alone then trusts what `subject` signed.
+
+    It lives as long as both, at most `until`, and limits what the certificate of `subject` limits itself. Raises
+    AuthorityError without the signer's key, or when either is not valid at `now`.
+    """
+    own = subject.certificate
+    signer_key = _signer(signer, now)
+    _require_valid(own, now)
+    before, after = life_from(now, None, own, signer.certificate)
+    unsigned = unsigned_ca(
+        own.subject,
+        own.public_key(),
+        (before, min(after, until or after)),
+        signer.certificate,
+        path_length=path_length_of(own),
+        identifier=identifier_of(own),
+    )
+    if limits := constraints_of(own):
+        unsigned = unsigned.add_extension(limits, critical=True)
+    return unsigned.sign(signer_key, digest_for(signer_key))
+
+
+def create_key(kind: KeyKind) -> CaKey:
+    """A new key. RSA takes up to seconds."""
+    if kind is KeyKind.EC_P256:
+        return ec.generate_private_key(ec.SECP256R1())
+    return rsa.generate_private_key(65537, int(kind.removeprefix("rsa-")))
+
+
+def issue_leaf(issuing: Issuing, host: str, now: datetime, key: CaKey | None = None) -> Leaf:
     """A leaf for `host`: a name in normal form, or an address.
 
-    Raises AuthorityError when `host` is neither, or when the issuing CA is not valid at `now`.
+    key  to use instead of a new one, which is of the kind that the line is for; making an RSA one takes long
+
+    Raises AuthorityError when `host` is neither, or outside the name constraints of a CA of the chain, or when the
+    issuing CA is not valid at `now`, or ends within minutes.
     """
-    alternative = _alternative_name(host)
-    _require_valid(issuing.certificate, now)
-    key = ec.generate_private_key(ec.SECP256R1())
-    life = _life(now, LEAF_LIFE, issuing.certificate)
-    # RFC 5280 4.2.1.6: without a subject the alternative name is critical. Java 17 and Python 3.13 insist.
-    named = len(host) <= MAX_NAME
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host)] if named else [])
-    certificate = (
-        _unsigned(subject, key, life, issuing.certificate)
-        .add_extension(x509.SubjectAlternativeName([alternative]), critical=not named)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(issuing.key, hashes.SHA256())
-    )
+    issuer = issuing.certificate
+    name = leaf_name(host)
+    _require_valid(issuer, now)
+    # A cross certificate that has expired misleads old clients, which take it before the root they trust (as in 2020
+    # with AddTrust, in 2021 with DST Root X3).
+    chain = tuple(ca for ca in issuing.chain if ca == issuer or ca.not_valid_after_utc > now)
+    if outside := next((ca for ca in chain if not covers(ca, host)), None):
+        raise AuthorityError(
+            f"CA {certificate_id(outside)} is not for {host}, and every client would refuse the leaf; "
+            "replace it with one that is"
+        )
+    key = key or create_key(KeyKind.EC_P256 if issuing.line is Line.MAIN else KeyKind.RSA_2048)
+    life = life_from(now, LEAF_LIFE, issuer)
+    with_subject = not any(limits_subject(ca, host) for ca in chain)
+    unsigned = unsigned_leaf(name, key.public_key(), life, issuer, with_subject=with_subject)
     # Counted from now, not from the backdated start: near its issuer's end a leaf would be stale as it is minted.
-    return Leaf(host, certificate, key, issuing.chain, renew_at=now + (life[1] - now) / 2)
+    half = now + (life[1] - now) / 2
+    renew_at = min([half, *(ca.not_valid_after_utc for ca in chain)])
+    return Leaf(host, unsigned.sign(issuing.key, digest_for(issuing.key)), key, chain, renew_at)
+
+
+def is_ending(ca: x509.Certificate, now: datetime) -> bool:
+    """Whether a CA has expired, or will so soon that it signs nothing any more."""
+    return now > ca.not_valid_after_utc - LEAST_LIFE
 
 
 def certificate_id(certificate: x509.Certificate) -> str:
@@ -136,112 +332,22 @@ def certificates_pem(*certificates: x509.Certificate) -> bytes:
     return b"".join(certificate.public_bytes(Encoding.PEM) for certificate in certificates)
 
 
-def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def key_pem(key: CaKey) -> bytes:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
-def _alternative_name(host: str) -> x509.GeneralName:
-    address = _address(host)
-    if address is not None:
-        return x509.IPAddress(address)
-    if len(host) > _MAX_HOST or not _HOST.fullmatch(host):
-        raise AuthorityError(f"{host[:80]!r} is no host name in normal form; no leaf is issued for it")
-    return x509.DNSName(host)
+def _signer(root: Root, now: datetime) -> CaKey:
+    if root.key is None:
+        raise AuthorityError(f"root {certificate_id(root.certificate)} has no key here; sign where its key is kept")
+    _require_valid(root.certificate, now)
+    return root.key
 
 
-def _address(host: str) -> IPv4Address | IPv6Address | None:
-    if "%" in host:  # a zone identifier is local to one machine and has no place in a certificate
-        return None
-    try:
-        return ip_address(host)
-    except ValueError:
-        return None
-
-
-def _require_valid(issuer: x509.Certificate, now: datetime) -> None:
-    if now >= issuer.not_valid_after_utc:
-        raise AuthorityError(f"CA {certificate_id(issuer)} expired at {issuer.not_valid_after_utc}; renew it")
-    if now < issuer.not_valid_before_utc:
-        raise AuthorityError(
-            f"CA {certificate_id(issuer)} is not valid before {issuer.not_valid_before_utc}; set the clock"
-        )
-
-
-def _life(now: datetime, life: timedelta, issuer: x509.Certificate | None = None) -> tuple[datetime, datetime]:
-    """First and last second of a certificate made at `now`, inside its issuer's. Both ends count (RFC 5280 4.1.2.5)."""
-    before = now.astimezone(UTC).replace(microsecond=0) - BACKDATING
-    after = before + life - timedelta(seconds=1)
-    if issuer is None:
-        return before, after
-    return max(before, issuer.not_valid_before_utc), min(after, issuer.not_valid_after_utc)
-
-
-def _unsigned_ca(
-    subject: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    life: tuple[datetime, datetime],
-    issuer: x509.Certificate | None = None,
-    *,
-    path_length: int | None,
-) -> x509.CertificateBuilder:
-    return (
-        _unsigned(subject, key, life, issuer)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=path_length), critical=True)
-        .add_extension(_key_usage(ca=True), critical=True)
-    )
-
-
-def _unsigned(
-    subject: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    life: tuple[datetime, datetime],
-    issuer: x509.Certificate | None,
-) -> x509.CertificateBuilder:
-    """What every certificate carries. Without an issuer it is its own."""
-    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    issuer_identifier = _identifier_of(issuer) if issuer else identifier
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer.subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(life[0])
-        .not_valid_after(life[1])
-        .add_extension(identifier, critical=False)
-        # The issuer's own identifier, not a digest made again: a client finds the issuer by comparing the two.
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_identifier), critical=False
-        )
-    )
-
-
-def _identifier_of(certificate: x509.Certificate) -> x509.SubjectKeyIdentifier:
-    return certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-
-
-def _key_usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=ca,
-        crl_sign=ca,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
-def _ca_name(name: str, role: str, key: ec.EllipticCurvePrivateKey) -> x509.Name:
-    """`O=name, CN=Outgate root 1a2b3c4d`: the digits keep two authorities of one name apart in a client's store."""
-    if not name.strip() or len(name) > MAX_NAME or not name.isprintable():
-        raise AuthorityError(f"{name[:80]!r} cannot name an authority; use 1 to {MAX_NAME} printable characters")
-    digits = x509.SubjectKeyIdentifier.from_public_key(key.public_key()).digest.hex()[:8]
-    return x509.Name(
-        [
-            x509.NameAttribute(NameOID.ORGANIZATION_NAME, name),
-            x509.NameAttribute(NameOID.COMMON_NAME, f"Outgate {role} {digits}"),
-        ]
-    )
+def _require_valid(ca: x509.Certificate, now: datetime) -> None:
+    end = ca.not_valid_after_utc
+    if now < ca.not_valid_before_utc:
+        raise AuthorityError(f"CA {certificate_id(ca)} is not valid before {ca.not_valid_before_utc}; set the clock")
+    if now >= end:
+        raise AuthorityError(f"CA {certificate_id(ca)} expired at {end}; replace it")
+    if is_ending(ca, now):
+        raise AuthorityError(f"CA {certificate_id(ca)} expires at {end}, too soon to sign anything; replace it")

@@ -17,17 +17,18 @@ from dataclasses import dataclass
 
 from pki import jks
 
-CA, BUNDLE, TRUSTSTORE, WGETRC, ENV, MANIFEST = (
+CA, BUNDLE, TRUSTSTORE, WGETRC, PHP, ENV, MANIFEST = (
     "ca.crt",
     "bundle.pem",
     "truststore.jks",
     "wgetrc",
+    "outgate.ini",
     "env.sh",
     "manifest.json",
 )
 
 REPLACING = (
-    "SSL_CERT_FILE",  # OpenSSL, Python ssl, httpx, aiohttp, Go, Ruby, .NET, rustls-native-certs, uv
+    "SSL_CERT_FILE",  # OpenSSL, Python ssl, httpx, aiohttp, Go, Ruby, .NET, rustls-native-certs, uv, pnpm 12
     "CURL_CA_BUNDLE",
     "REQUESTS_CA_BUNDLE",  # requests does not look at SSL_CERT_FILE; nor do the tools built on it (Azure CLI)
     "PIP_CERT",
@@ -38,22 +39,22 @@ REPLACING = (
     "HTTPLIB2_CA_CERTS",
     "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
     "NIX_SSL_CERT_FILE",
-    "npm_config_cafile",  # npm does not look at NODE_EXTRA_CA_CERTS once any npmrc has a cafile
+    "npm_config_cafile",  # npm and yarn 1; npm looks at NODE_EXTRA_CA_CERTS only while no npmrc has a cafile
     "BUNDLE_SSL_CA_CERT",
     "PERL_LWP_SSL_CA_FILE",
+    "COMPOSER_CAFILE",
+    "HEX_CACERTS_PATH",  # Elixir's Hex has roots of its own and looks at nothing else
 )
 ADDING = ("NODE_EXTRA_CA_CERTS", "DENO_CERT")
-CONSTANT = {
-    "DENO_TLS_CA_STORE": "system,mozilla",
-    "NODE_USE_SYSTEM_CA": "1",
-    "UV_NATIVE_TLS": "1",
-}
+CONSTANT = {"DENO_TLS_CA_STORE": "system,mozilla", "NODE_USE_SYSTEM_CA": "1"}
 # Clients disagree on whether a directory adds to SSL_CERT_FILE or goes before it. Unset, all of them read the file.
 REMOVED = ("SSL_CERT_DIR",)
 
 JAVA = "JAVA_TOOL_OPTIONS"
 _JAVA_STRONGER = ("JDK_JAVA_OPTIONS", "_JAVA_OPTIONS")  # read after JAVA_TOOL_OPTIONS, so a trust store there would win
 _JAVA_TRUST = "-Djavax.net.ssl.trustStore"
+
+PHP_SCAN = "PHP_INI_SCAN_DIR"  # PHP's curl looks at no variable, but PHP reads every .ini file in these directories
 
 _BEGIN, _END = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
 _PEM = re.compile(_BEGIN + rb"([^-]*)" + _END)  # base64 has no dash
@@ -95,18 +96,19 @@ def trust_files(directory: str, roots: bytes, public: bytes) -> dict[str, bytes]
     public  PEM of the roots that they trust already; may be empty. It is carried as text: old public roots have serial
             numbers and encodings that a strict parser refuses.
 
-    Raises MalformedBundle, and UnusableDirectory for a path that is relative or has a line break.
+    Raises MalformedBundle, and UnusableDirectory for a path that is relative, or has a line break or a colon.
     """
     _require_usable(directory)
-    ours = _certificates(roots, "our roots")
+    ours = certificates(roots, "our roots")
     if not ours:
         raise MalformedBundle("our roots: no certificate in it; workloads would trust nothing of ours")
-    everyone = ours | {der: text for der, text in _certificates(public, "public roots").items() if der not in ours}
+    everyone = ours | {der: text for der, text in certificates(public, "public roots").items() if der not in ours}
     files = {
         CA: b"".join(ours.values()),
         BUNDLE: b"".join(everyone.values()),
         TRUSTSTORE: jks.truststore(everyone),
         WGETRC: f"ca_certificate = {directory}/{BUNDLE}\n".encode(),
+        PHP: _php_settings(directory).encode(),
         ENV: shell_script(directory).encode(),
     }
     return files | {MANIFEST: _manifest(files, ours, everyone)}
@@ -116,12 +118,13 @@ def environment(directory: str, existing: Mapping[str, str], *, keep_existing: b
     """The variables with which every runtime trusts the files at `directory`.
 
     Inside `outgate run` the program must trust us, so values that exist are replaced. In a pod nobody asked us to do
-    that: with `keep_existing` no name that exists is touched. Java's options are added to what is there in both cases,
-    except that `keep_existing` leaves alone options that choose a trust store. Raises UnusableDirectory.
+    that: with `keep_existing` no name that exists is touched. Java's options and PHP's directories are added to what is
+    there in both cases, except that `keep_existing` leaves alone options that choose a trust store.
+    Raises UnusableDirectory.
     """
     _require_usable(directory)
     plain = _plain(directory)
-    java = _java(directory, existing, keep_existing=keep_existing)
+    merged = _java(directory, existing, keep_existing=keep_existing) | {PHP_SCAN: _php(directory, existing)}
     if keep_existing:
         fresh = {name: value for name, value in plain.items() if not _spellings(name, existing)}
         kept = [
@@ -129,17 +132,17 @@ def environment(directory: str, existing: Mapping[str, str], *, keep_existing: b
         ]
         kept += [name for name in REMOVED if name in existing]
         kept += _java_stores(directory, existing)
-        return Environment(fresh | java, kept=tuple(kept))
+        return Environment(fresh | merged, kept=tuple(kept))
     removed = [name for name in REMOVED if name in existing]
     removed += [name for wanted in plain for name in _spellings(wanted, existing) if name != wanted]
     replaced = [name for name, value in plain.items() if name in existing and existing[name] != value]
-    return Environment(plain | java, tuple(removed), tuple(replaced + removed))
+    return Environment(plain | merged, tuple(removed), tuple(replaced + removed))
 
 
 def shell_script(directory: str) -> str:
     """`env.sh`: the same variables for any POSIX shell to source, once or again. Raises UnusableDirectory."""
     _require_usable(directory)
-    options = shlex.quote(_java_options(directory))
+    options, place = shlex.quote(_java_options(directory)), shlex.quote(directory)
     lines = [f"export {name}={shlex.quote(value)}" for name, value in _plain(directory).items()]
     return "\n".join(
         [
@@ -147,8 +150,13 @@ def shell_script(directory: str) -> str:
             *lines,
             f"unset {' '.join(REMOVED)}",
             f'case "${{{JAVA}-}}" in',
-            f"*{options}*) ;;",
+            f"*{options}) ;;",
+            f'*{options}*) export {JAVA}="${{{JAVA}%%{options}*}}${{{JAVA}#*{options}}} "{options} ;;',
             f'*) export {JAVA}="${{{JAVA}:+${JAVA} }}"{options} ;;',
+            "esac",
+            f'case ":${{{PHP_SCAN}-}}:" in',
+            f"*:{place}:*) ;;",
+            f'*) export {PHP_SCAN}="${{{PHP_SCAN}-:}}${{{PHP_SCAN}:+:}}"{place} ;;',
             "esac",
             "",
         ]
@@ -174,15 +182,19 @@ def _java(directory: str, existing: Mapping[str, str], *, keep_existing: bool) -
     chosen = _java_stores(directory, existing)
     if keep_existing and chosen:
         return {}
-    names = dict.fromkeys([JAVA, *chosen])
-    return {name: f"{existing.get(name, '').removesuffix(ours).rstrip()} {ours}".lstrip() for name in names}
+    return {name: _ending(existing.get(name, ""), ours) for name in dict.fromkeys([JAVA, *chosen])}
+
+
+def _ending(options: str, ours: str) -> str:
+    """The options with ours at their end, and nowhere else."""
+    return f"{options.replace(ours, '').strip()} {ours}".lstrip()
 
 
 def _java_stores(directory: str, existing: Mapping[str, str]) -> list[str]:
-    """The variables in which somebody else chose a trust store."""
+    """The variables in which somebody else chose a trust store, and not before ours."""
     ours = _java_options(directory)
-    values = {name: existing.get(name, "") for name in (JAVA, *_JAVA_STRONGER)}
-    return [name for name, value in values.items() if _JAVA_TRUST in value and not value.endswith(ours)]
+    later = {name: existing.get(name, "").rpartition(ours)[2] for name in (JAVA, *_JAVA_STRONGER)}
+    return [name for name, options in later.items() if _JAVA_TRUST in options]
 
 
 def _java_options(directory: str) -> str:
@@ -190,8 +202,27 @@ def _java_options(directory: str) -> str:
     return f"{_JAVA_TRUST}={path} {_JAVA_TRUST}Type=jks {_JAVA_TRUST}Password={jks.PASSWORD}"
 
 
-def _certificates(pem: bytes, what: str) -> dict[bytes, bytes]:
-    """Each certificate once, DER to PEM, in the order given; comments and line ends are left behind."""
+def _php(directory: str, existing: Mapping[str, str]) -> str:
+    """The directories that PHP scans, and ours. An empty one stands for those that PHP was built with."""
+    scanned = existing.get(PHP_SCAN)
+    if scanned is None:
+        return f":{directory}"
+    if directory in scanned.split(":"):
+        return scanned
+    return f"{scanned}:{directory}" if scanned else directory
+
+
+def _php_settings(directory: str) -> str:
+    path = re.sub(r'[\\"$]', r"\\\g<0>", f"{directory}/{BUNDLE}")
+    return f'openssl.cafile = "{path}"\ncurl.cainfo = "{path}"\n'
+
+
+def certificates(pem: bytes, what: str) -> dict[bytes, bytes]:
+    """Each certificate once, DER to PEM, in the order given; comments and line ends are left behind.
+
+    So are OpenSSL's TRUSTED CERTIFICATE blocks: they may say that a certificate is not to be trusted.
+    Raises MalformedBundle, which calls the text `what`.
+    """
     found: dict[bytes, bytes] = {}
     blocks = _PEM.findall(pem)
     if len(blocks) != pem.count(_BEGIN):
@@ -238,3 +269,5 @@ def _require_usable(directory: str) -> None:
         raise UnusableDirectory(f"{directory!r} is relative, but programs change directories; write it from /")
     if not directory.isprintable():
         raise UnusableDirectory(f"{directory!r} has a character that wgetrc cannot carry; choose another directory")
+    if ":" in directory:
+        raise UnusableDirectory(f"{directory!r} has a colon, where PHP cuts paths; choose another directory")

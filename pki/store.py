@@ -1,44 +1,100 @@
 """An authority on disk. Keys are for their owner alone, files are replaced whole, and one writer at a time may write.
 
-state.json                            the ids in use; written last, so a store without it was never finished
-roots/ID/ca.crt, ca.key               the key may be absent: kept offline
-issuing/ID/ca.crt, ca.key, chain.pem  with state.json all that a gate needs
+state.json                             what is in use: the store changes as this one file does
+roots/ID/ca.crt, ca.key, cross-ID.crt  the key may be absent: kept offline
+issuing/ID/ca.crt, ca.key, chain.pem   the active ones and state.json are all that a gate needs
+given/ID/ca.crt                        CAs that were signed for other systems
+
+Files never change, but for chain.pem: state.json names what is sent of it, so that it can hold the certificates of the
+state in force and of the next one at a time. So a reader needs no lock, and a writer may be killed anywhere.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from pki.authority import Authority, Issuing, Root, certificate_id, certificates_pem, key_pem
-from pki.files import PUBLIC, SECRET, UnusableSecret, read_secret, repair, sync_directory, write_file
+from pki.authority import Authority, Issuing, Line, State, certificate_id
+from pki.files import make_directory
+from pki.signer import RemoteKey, SignerError
+from pki.state import GIVEN, ISSUING, ROOTS, Entry, Register
+from pki.store_reading import (
+    KEY,
+    STATE,
+    KeyPlace,
+    StoreError,
+    is_there,
+    key_place,
+    read_ca,
+    read_chain,
+    read_crosses,
+    read_issuing,
+    read_root,
+    read_state,
+    register_of,
+)
+from pki.store_writing import one_writer, settle, write, writing
 
-VERSION = 1
-STATE = "state.json"
-LOCK = ".lock"
-CERTIFICATE, KEY, CHAIN = "ca.crt", "ca.key", "chain.pem"
-MAX_KEY = 1 << 16  # bytes; what is longer is no key
+MAX_READS = 20  # of a store that is changed each time
 
-_ID = re.compile(r"[0-9a-f]{16}")  # becomes a path: nothing else may stand in state.json
-
-
-class StoreError(Exception):
-    """The store cannot be read or written. `str()` has the path and the repair."""
+__all__ = [
+    "Change",
+    "KeyPlace",
+    "StoreError",
+    "StoreExists",
+    "Survey",
+    "Surveyed",
+    "changing",
+    "load",
+    "load_issuers",
+    "load_trusted",
+    "save",
+    "survey",
+]
 
 
 class StoreExists(StoreError):
     """There is a store already, and nobody said to replace it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """What can be seen of a CA without its key.
+
+    sent    a root's cross certificates, an issuing CA's chain
+    folder  where it stands
+    uri     of a key in a token, without the PIN; None also where that file may not be read
+    """
+
+    certificate: x509.Certificate
+    state: State
+    line: Line
+    since: datetime | None
+    sent: tuple[x509.Certificate, ...]
+    folder: Path
+    key: KeyPlace
+    uri: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a store holds, for a person to see."""
+
+    roots: tuple[Surveyed, ...]
+    issuing: tuple[Surveyed, ...]
+    given: tuple[x509.Certificate, ...]
+
+
+@dataclass(slots=True)
+class Change:
+    """What a store holds. Whoever changes it puts the next authority here."""
+
+    authority: Authority
 
 
 def save(authority: Authority, directory: Path, *, overwrite: bool = False) -> None:
@@ -47,159 +103,138 @@ def save(authority: Authority, directory: Path, *, overwrite: bool = False) -> N
     With `overwrite` it becomes the one in use, and the files of the former one stay: no key is ever destroyed here.
     Raises StoreExists, or StoreError; then no key is left behind.
     """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _one_writer(directory):
-            if (directory / STATE).exists() and not overwrite:
-                raise StoreExists(f"{directory} holds an authority already; use it, or name another directory")
-            _write(authority, directory)
-    except OSError as error:
-        raise StoreError(f"{error.filename or directory}: {error.strerror}; {repair(error)}") from error
+    with writing(directory):
+        make_directory(directory, 0o700)
+    with one_writer(directory):
+        if is_there(directory / STATE) and not overwrite:
+            raise StoreExists(f"{directory} holds an authority already; use it, or name another directory")
+        write(authority, directory)
 
 
 def load(directory: Path) -> Authority:
     """The authority in use at `directory`.
 
-    `roots` lacks those whose directory is absent, and their keys where they are offline. Raises StoreError.
+    It lacks roots and given CAs whose folder is absent, and the keys of offline roots. Keys in tokens were not tried
+    yet: they raise SignerError when they are to sign. Raises StoreError.
     """
-    issuing_id, root_ids = _state(directory / STATE)
-    issuing = load_issuing(directory / "issuing" / issuing_id)
-    roots = tuple(root for root_id in root_ids if (root := _load_root(directory / "roots" / root_id)))
-    if roots and not any(_signed(issuing.certificate, root.certificate) for root in roots):
-        raise StoreError(
-            f"{directory}: no root there signed issuing CA {issuing_id}; restore the directory from a copy"
-        )
-    return Authority(issuing, roots)
+    return _read_steadily(directory, lambda register: _authority(directory, register))
 
 
-def load_issuing(directory: Path) -> Issuing:
-    """The issuing CA whose three files stand at `directory`. Raises StoreError."""
-    certificate = _one_certificate(directory / CERTIFICATE)
-    chain = _certificates(directory / CHAIN)
-    key = _key(directory / KEY)
-    _require_pair(directory, certificate, key)
-    if chain[0] != certificate:
-        raise StoreError(f"{directory / CHAIN}: does not start with {CERTIFICATE}; restore it from a copy")
-    return Issuing(certificate, key, chain)
+def load_issuers(directory: Path) -> tuple[Issuing, ...]:
+    """What signs leaves now, the main line first. state.json and the active issuing CAs are read, and nothing else.
+
+    Keys in tokens have proven that they sign. Raises StoreError, also where no issuing CA is active.
+    """
+    issuers = _read_steadily(directory, lambda register: _issuers(directory, register))
+    for one in issuers:
+        if isinstance(one.key, RemoteKey):
+            try:
+                one.key.prove()
+            except SignerError as error:
+                path = directory / ISSUING / certificate_id(one.certificate) / KEY
+                raise StoreError(f"{path}: {error}") from error
+    return issuers
 
 
-def _write(authority: Authority, directory: Path) -> None:
-    issuing = authority.issuing
-    issuing_id = certificate_id(issuing.certificate)
-    root_ids = [certificate_id(root.certificate) for root in authority.roots]
-    folders: list[Path] = []
-    try:
-        for root_id, root in zip(root_ids, authority.roots, strict=True):
-            folder = _new_folder(directory / "roots", root_id, folders)
-            write_file(folder / CERTIFICATE, certificates_pem(root.certificate), PUBLIC)
-            if root.key is not None:
-                write_file(folder / KEY, key_pem(root.key), SECRET)
-        folder = _new_folder(directory / "issuing", issuing_id, folders)
-        write_file(folder / KEY, key_pem(issuing.key), SECRET)
-        write_file(folder / CERTIFICATE, certificates_pem(issuing.certificate), PUBLIC)
-        write_file(folder / CHAIN, certificates_pem(*issuing.chain), PUBLIC)
-        state = {"version": VERSION, "issuing": issuing_id, "roots": root_ids}
-        write_file(directory / STATE, (json.dumps(state, indent=2) + "\n").encode(), PUBLIC)
-    except BaseException:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+def load_trusted(directory: Path) -> tuple[x509.Certificate, ...]:
+    """The roots, all of them. It opens no key, and needs no right to. Raises StoreError."""
+    return _read_steadily(
+        directory, lambda register: tuple(read_ca(directory / ROOTS / entry.id, entry.id) for entry in register.roots)
+    )
 
 
-def _new_folder(parent: Path, name: str, made: list[Path]) -> Path:
-    """`parent/name`, remembered in `made` if it was not there before."""
-    parent.mkdir(mode=0o700, exist_ok=True)
-    folder = parent / name
-    if not folder.exists():
-        folder.mkdir(mode=0o700)
-        made.append(folder)
-    sync_directory(parent)
-    return folder
+def survey(directory: Path) -> Survey:
+    """What `directory` holds. It needs no right to read keys. Roots and given CAs that are absent are left out.
+
+    Raises StoreError.
+    """
+    return _read_steadily(directory, lambda register: _survey(directory, register))
 
 
 @contextmanager
-def _one_writer(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, SECRET)
-    try:
+def changing(directory: Path) -> Iterator[Change]:
+    """The store, for one writer: `with changing(directory) as change: change.authority = …`.
+
+    On leaving, the authority is written whole, and of CAs that it has no more the keys are deleted, the certificates
+    kept. After an exception, or without a change, nothing is written. A root without a key on entering has none on
+    leaving, whoever lent it one meanwhile. Raises StoreError.
+    """
+    read_state(directory)  # where there is no store, no lock is made either
+    with one_writer(directory):
+        settle(directory)
+        register = register_of(directory, read_state(directory))
+        for folder in sorted(register.folders):
+            if not is_there(directory / folder):
+                raise StoreError(f"{directory / folder}: is not here; change the whole store, not a gate's part of it")
+        before = _authority(directory, register)
+        change = Change(before)
+        yield change
+        if change.authority is not before:
+            offline = frozenset(certificate_id(root.certificate) for root in before.roots if root.key is None)
+            write(change.authority, directory, offline=offline, former=register)
+
+
+# Reading: no lock
+
+
+def _read_steadily[T](directory: Path, read: Callable[[Register], T]) -> T:
+    """What `read` makes of one state of the store. It reads again where a writer was quicker."""
+    text = read_state(directory)
+    for _ in range(MAX_READS):
+        found: T | StoreError
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StoreError(f"{directory}: another outgate is writing there; try again when it is done") from error
-        yield
-    finally:
-        os.close(descriptor)  # and with it the lock, as it would be if we were killed
+            found = read(register_of(directory, text))
+        except StoreError as error:
+            found = error
+        before, text = text, read_state(directory)
+        if text == before:
+            if isinstance(found, StoreError):
+                raise found
+            return found
+    raise StoreError(f"{directory}: changed {MAX_READS} times while it was read; try again")
 
 
-def _state(path: Path) -> tuple[str, list[str]]:
-    text = _read(path, f"make an authority with 'outgate pki init --pki {path.parent}'")
-    try:
-        match json.loads(text):
-            case {"version": 1, "issuing": str(issuing), "roots": list(roots)} if all(
-                isinstance(name, str) and _ID.fullmatch(name) for name in [issuing, *roots]
-            ):
-                return issuing, roots
-    except ValueError as error:
-        raise StoreError(f"{path}: {error}; restore it from a copy") from error
-    raise StoreError(f"{path}: not a state that this version knows; restore it from a copy, or use a newer outgate")
+def _authority(directory: Path, register: Register) -> Authority:
+    return Authority(
+        tuple(read_root(directory / ROOTS / entry.id, entry) for entry in _roots(directory, register)),
+        tuple(read_issuing(directory / ISSUING / entry.id, entry) for entry in _issuing(directory, register)),
+        _given(directory, register),
+    )
 
 
-def _load_root(folder: Path) -> Root | None:
-    """The root at `folder`: without a key where that is offline, None where there is no such folder."""
-    try:
-        if not folder.exists():
-            return None
-        has_key = (folder / KEY).exists()
-    except OSError as error:
-        raise StoreError(f"{folder}: {error.strerror}; run as its owner") from error
-    certificate = _one_certificate(folder / CERTIFICATE)
-    if not has_key:
-        return Root(certificate)
-    key = _key(folder / KEY)
-    _require_pair(folder, certificate, key)
-    return Root(certificate, key)
+def _issuers(directory: Path, register: Register) -> tuple[Issuing, ...]:
+    active = [entry for entry in register.issuing if entry.state is State.ACTIVE]
+    if not active:
+        raise StoreError(f"{directory / STATE}: no issuing CA is active; activate the staged one")
+    return Authority((), tuple(read_issuing(directory / ISSUING / entry.id, entry) for entry in active)).issuers
 
 
-def _require_pair(folder: Path, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
-    if key.public_key() != certificate.public_key():
-        raise StoreError(f"{folder / KEY}: not the key of {CERTIFICATE} beside it; restore it from a copy")
+def _survey(directory: Path, register: Register) -> Survey:
+    return Survey(
+        tuple(_surveyed(directory / ROOTS, entry, read_crosses) for entry in _roots(directory, register)),
+        tuple(_surveyed(directory / ISSUING, entry, read_chain) for entry in _issuing(directory, register)),
+        _given(directory, register),
+    )
 
 
-def _signed(certificate: x509.Certificate, root: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(root)
-    except (InvalidSignature, ValueError, TypeError):
-        return False
-    return True
+def _surveyed(parent: Path, entry: Entry, read_sent: Callable[[Path, Entry], tuple[x509.Certificate, ...]]) -> Surveyed:
+    folder = parent / entry.id
+    certificate, (place, uri) = read_ca(folder, entry.id), key_place(folder / KEY)
+    return Surveyed(
+        certificate, entry.state, entry.line, entry.since, read_sent(folder, entry), folder, key=place, uri=uri
+    )
 
 
-def _one_certificate(path: Path) -> x509.Certificate:
-    certificates = _certificates(path)
-    if len(certificates) != 1:
-        raise StoreError(f"{path}: {len(certificates)} certificates where one must stand; restore it from a copy")
-    return certificates[0]
+def _roots(directory: Path, register: Register) -> list[Entry]:
+    return [entry for entry in register.roots if is_there(directory / ROOTS / entry.id)]
 
 
-def _certificates(path: Path) -> tuple[x509.Certificate, ...]:
-    try:
-        return tuple(x509.load_pem_x509_certificates(_read(path)))
-    except ValueError as error:
-        raise StoreError(f"{path}: no PEM certificate; restore it from a copy") from error
+def _issuing(directory: Path, register: Register) -> list[Entry]:
+    """A gate may lack those that sign nothing, and none that does."""
+    entries = register.issuing
+    return [entry for entry in entries if entry.state is State.ACTIVE or is_there(directory / ISSUING / entry.id)]
 
 
-def _key(path: Path) -> ec.EllipticCurvePrivateKey:
-    try:
-        key = load_pem_private_key(read_secret(path, MAX_KEY, shows="the key"), password=None)
-    except UnusableSecret as error:
-        raise StoreError(str(error)) from error
-    except (ValueError, TypeError) as error:  # TypeError: it is encrypted
-        raise StoreError(f"{path}: no unencrypted PEM key; restore it from a copy") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise StoreError(f"{path}: not an elliptic curve key, the only kind a store holds")
-    return key
-
-
-def _read(path: Path, advice: str = "restore it, or run as its owner") -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}; {advice}") from error
+def _given(directory: Path, register: Register) -> tuple[x509.Certificate, ...]:
+    folders = (directory / GIVEN / one for one in register.given)
+    return tuple(read_ca(folder, folder.name) for folder in folders if is_there(folder))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ssl
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pki.files import PUBLIC, repair, write_file
+from pki.distribution import BUNDLE, MalformedBundle, certificates
+from pki.files import PUBLIC, make_directory, read_file, repair, write_file
+
+MAX_BUNDLE = 16 << 20  # bytes; Mozilla's roots are 0.2 MiB
 
 SYSTEM_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Ubuntu, Alpine, Arch, distroless
@@ -30,27 +34,43 @@ def system_bundle_path(candidates: Iterable[str] = SYSTEM_BUNDLES) -> Path | Non
     return None
 
 
-def public_roots(environment: Mapping[str, str]) -> bytes:
+def public_roots(environment: Mapping[str, str], directory: Path | None = None) -> bytes:
     """The roots that a program started with `environment` trusts today, as PEM.
 
-    SSL_CERT_FILE first: who set it has chosen. Raises TrustError when there is no bundle, or it cannot be read.
+    SSL_CERT_FILE first: who set it has chosen. But the bundle in `directory`, where the roots are to be written, is no
+    choice: roots of ours that have retired would never leave it.
+    Raises TrustError when there is no bundle, or none can be read from it.
     """
     chosen = environment.get("SSL_CERT_FILE")
-    path = Path(chosen) if chosen else system_bundle_path()
+    if chosen and not (directory and _is_same(Path(chosen), directory / BUNDLE)):
+        return read_roots(Path(chosen), "SSL_CERT_FILE")
+    path = system_bundle_path()
     if path is None:
         raise TrustError("no bundle of public roots on this machine; install ca-certificates, or set SSL_CERT_FILE")
+    return read_roots(path, "SSL_CERT_FILE")
+
+
+def read_roots(path: Path, option: str) -> bytes:
+    """The PEM text at `path`, which has certificates. Raises TrustError, which says what to name in `option`."""
+    advice = f"name a readable PEM bundle in {option}"
     try:
-        return path.read_bytes()
+        text = read_file(path, MAX_BUNDLE)
+        if not certificates(text, str(path)):
+            raise TrustError(f"{path}: no CERTIFICATE in it; {advice}")
     except OSError as error:
-        where = " (from SSL_CERT_FILE)" if chosen else ""
-        raise TrustError(f"{path}{where}: {error.strerror}; name a readable bundle in SSL_CERT_FILE") from error
+        raise TrustError(f"{path}: {error.strerror}; {advice}") from error
+    except MalformedBundle as error:
+        raise TrustError(f"{error}; {advice}") from error
+    return text
 
 
 def write_trust(directory: Path, files: Mapping[str, bytes]) -> tuple[str, ...]:
     """Writes what differs, each file in one step, in the order given. Returns the names written. Raises TrustError."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        changed = [name for name, content in files.items() if _content(directory / name) != content]
+        if not directory.is_dir():
+            make_directory(directory, 0o755)
+            directory.chmod(0o755)  # whatever the umask: workloads have uids of their own
+        changed = [name for name, content in files.items() if not _holds(directory / name, content)]
         for name in changed:
             write_file(directory / name, files[name], PUBLIC)
     except OSError as error:
@@ -58,8 +78,19 @@ def write_trust(directory: Path, files: Mapping[str, bytes]) -> tuple[str, ...]:
     return tuple(changed)
 
 
-def _content(path: Path) -> bytes | None:
+def _holds(path: Path, content: bytes) -> bool:
+    """`path` is a file for all to read, with this content. A link is none: who made it may point it elsewhere."""
     try:
-        return path.read_bytes()
+        found = path.lstat()
+        if not stat.S_ISREG(found.st_mode) or stat.S_IMODE(found.st_mode) != PUBLIC or found.st_size != len(content):
+            return False
+        return path.read_bytes() == content
     except FileNotFoundError:
-        return None
+        return False
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False

@@ -14,7 +14,7 @@ from proxy.original_dst import redirected_dst
 from proxy.runtime import Gate, Settings
 
 if TYPE_CHECKING:
-    from proxy.run import Told
+    from proxy.run import Renewals, Told
 
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 NOTICE = """\
@@ -23,20 +23,31 @@ goes where it likes. UDP, DNS and raw connections do not pass the gate at all.""
 
 
 def run_advisory(
-    policy: Policy, settings: Settings, command: Sequence[str], environment: Mapping[str, str], told: Told
+    policy: Policy,
+    settings: Settings,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    told: Told,
+    renewals: Renewals,
 ) -> int:
     """Run `command` with variables that lead obedient programs to the gate. Returns its status as a shell would."""
     say(NOTICE)
     with told:
-        return asyncio.run(_run(policy, settings, command, environment, told))
+        return asyncio.run(_run(policy, settings, command, environment, told, renewals))
 
 
 async def _run(
-    policy: Policy, settings: Settings, command: Sequence[str], environment: Mapping[str, str], told: Told
+    policy: Policy,
+    settings: Settings,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    told: Told,
+    renewals: Renewals,
 ) -> int:
     with socket.create_server(("127.0.0.1", 0)) as door:
         gate = Gate(policy, settings, original_dst=redirected_dst, record=told.record)
         gate.proxy(door)
+        renewing = asyncio.create_task(renewals.carry_out(gate))
         try:
             child = await asyncio.create_subprocess_exec(
                 *command, env=dict(environment) | proxy_variables(door.getsockname()[1], environment)
@@ -55,6 +66,7 @@ async def _run(
             status = await child.wait()
             return status if status >= 0 else 128 - status
         finally:
+            renewing.cancel()
             await gate.close()
 
 

@@ -19,6 +19,7 @@ from typing import IO
 from proxy import own_code
 
 _PR_SET_PDEATHSIG = 1
+_NO_CORE = 1  # byte: no file is made for so little, nor is it piped to a program, as it is with a limit of 0 (core(5))
 _DOUBLINGS = 32  # 2.0**1024 is an OverflowError, after three hours of failures: who starts it again would be lost
 
 
@@ -69,6 +70,13 @@ def raise_descriptor_limit() -> None:
     """As many descriptors as this process may have: a connection takes two, a flow up to six."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
+
+
+def leave_no_core() -> None:
+    """A crash of this process, or of one that it starts, leaves no image of its memory: keys would stand in it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    limit = _NO_CORE if hard == resource.RLIM_INFINITY else min(hard, _NO_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
 
 
 def memory(content: bytes, name: str) -> IO[bytes]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 
 import click
 
+from proxy.commands.lazy import lazy_group
 from proxy.own_code import settle_imports
 
 COMMANDS = {  # name: (where it lives, its line in --help)
@@ -16,7 +16,8 @@ COMMANDS = {  # name: (where it lives, its line in --help)
     "test": ("proxy.commands.test:test", "Run the tests written in policy files."),
     "why": ("proxy.commands.why:why", "Say whether an attempt passes, by which rule, and what would change it."),
     "schema": ("proxy.commands.schema:schema", "Print the JSON Schema of policy files, or of gate.yaml."),
-    "pki": ("proxy.commands.pki:pki", "Make the authority that inspection needs."),
+    "pki": ("proxy.commands.pki:pki", "Keep the authority that inspection needs."),
+    "trust": ("proxy.commands.trust:trust", "Have programs trust it, and find those that do not."),
     "credentials": ("proxy.commands.credentials:credentials", "Keep the users of an explicit proxy."),
     "version": ("proxy.commands.version:version", "Print the versions that matter."),
 }
@@ -32,26 +33,7 @@ Example:
 """
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module, _, name = COMMANDS[cmd_name][0].partition(":")
-        command = getattr(import_module(module), name)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
-
-
-@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=lazy_group(COMMANDS), epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 def outgate() -> None:
     """A workload talks to what its policy names, and to nothing else."""
 

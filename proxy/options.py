@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # `run` forks before anything that is not needed until then i
     from pki.authority import Authority
     from policies.errors import Problem
     from policies.index import Policy
+    from proxy.issuing import Issuers
     from proxy.log.decision_log import DecisionLog
     from proxy.runtime import Settings
 
@@ -126,13 +127,6 @@ def checked_upstream_ca(path: str | None) -> str | None:
     return str(Path(path).resolve())
 
 
-def issuing_pem(authority: Authority) -> str:
-    """What signs leaves: its certificate, what is sent after it, its key."""
-    from pki.authority import certificates_pem, key_pem
-
-    return (certificates_pem(*authority.issuing.chain) + key_pem(authority.issuing.key)).decode()
-
-
 def new_authority() -> Authority:
     """One that lives as long as this process: its key is nowhere but in memory."""
     from datetime import UTC, datetime
@@ -148,6 +142,18 @@ def load_authority(directory: str) -> Authority:
 
     try:
         return load(Path(directory))
+    except StoreError as error:
+        raise Unready(str(error)) from error
+
+
+def load_issuers(directory: str) -> Issuers:
+    """The issuing CAs of `--pki`, as they are now. Raises Unready."""
+    from pki.store import StoreError
+    from pki.store import load_issuers as load
+    from proxy.issuing import describe
+
+    try:
+        return describe(load(Path(directory)))
     except StoreError as error:
         raise Unready(str(error)) from error
 

@@ -7,31 +7,33 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policies.index import Policy
 from proxy import own_code
+from proxy.issuing import Issuers, describe, left_out, reminder
 from proxy.options import (
     GateOptions,
     Unready,
     decision_log,
     inspected_rule,
-    issuing_pem,
     load_authority,
+    load_issuers,
     new_authority,
     read_gate_policy,
     require_served,
     say,
     settings_of,
 )
+from proxy.service.watch import Watch
 
 if TYPE_CHECKING:  # nothing that starts a thread or an event loop may be loaded before the fork
     from pki.authority import Authority
     from proxy.record import Record
-    from proxy.runtime import Settings
+    from proxy.runtime import Gate, Settings
     from proxy.sandbox import Ports, Sandbox
 
 NOT_STARTED = 125  # as env(1), nohup(1) and docker run: the command's own codes stay its own
@@ -61,13 +63,17 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
     options = _with_workload(options, policy)
     assert options.workload is not None
     require_served(policy, options.workload)
+    store = Watch((), options.pki)  # from before it is read: what comes later is news
     authority = load_authority(options.pki) if options.pki else new_authority()
-    settings = settings_of(options, partial(issuing_pem, authority))
+    issuers = describe(authority.issuers)
+    renewals = Renewals(policy, options.workload, issuers, store, options.pki)
+    settings = settings_of(options, lambda: issuers.text)
     environment = _environment(options, authority, settings, trust)
     if proxy_env:
         from proxy.advisory import run_advisory
 
-        return run_advisory(policy, settings, command, environment, Told(policy, settings, options.log))
+        told = Told(policy, settings, options.log)
+        return run_advisory(policy, settings, command, environment, told, renewals)
     from proxy.sandbox import launch
 
     hidden = [options.pki] if options.pki else []  # the authority's keys are the user's to read, not the command's
@@ -78,16 +84,19 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
     named = (settings.upstream_ca, options.log, *map(os.environ.get, OPENSSL_VARIABLES))
     kept = [*own_code.places(), *options.paths, *options.tags, *filter(None, named)]
     with launch(command, ports=ports, environment=environment, hide=hidden, keep=kept) as sandbox:
-        return asyncio.run(_serve(policy, settings, sandbox, options.log))
+        return asyncio.run(_serve(policy, settings, sandbox, options.log, renewals))
 
 
-async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str | None) -> int:
+async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str | None, renewals: Renewals) -> int:
+    from proxy.child import leave_no_core
     from proxy.original_dst import local_dst
     from proxy.runtime import Gate
 
     assert settings.workload is not None
+    leave_no_core()  # of the gate: the command has been forked, and leaves what it likes
     with Told(policy, settings, log) as told:
         gate = Gate(policy, settings, original_dst=local_dst, record=told.record)
+        renewing = asyncio.create_task(renewals.carry_out(gate))
         try:
             gate.enter(sandbox)
             if inspected_rule(policy, settings.workload):
@@ -95,7 +104,46 @@ async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str 
             sandbox.release()
             return await sandbox.wait()
         finally:
+            renewing.cancel()
             await gate.close()
+
+
+class Renewals:
+    """The issuing CAs of a gate that has no supervisor: followed to others in its store while the command runs.
+
+    issuers    to begin with
+    directory  the store; None: there is none, and nothing to follow
+
+    Raises Unready where no client would accept a leaf of theirs for a name that is inspected.
+    """
+
+    def __init__(self, policy: Policy, workload: str, issuers: Issuers, store: Watch, directory: str | None) -> None:
+        self._policy = policy
+        self._workload = workload
+        self._digest = issuers.digest
+        self._store = store
+        self._directory = directory
+        self._check(issuers)
+        if directory:
+            say(reminder(issuers, time.time()))
+
+    async def carry_out(self, gate: Gate) -> None:
+        """Until cancelled: what cannot be taken over is told, and the former issuing CAs stay in force."""
+        while self._directory:
+            await self._store.changed()
+            try:
+                issuers = await asyncio.to_thread(load_issuers, self._directory)
+                self._check(issuers)
+            except Unready as error:
+                say(f"the issuing CA is not replaced, the former stays in force:\n{error}")
+                continue
+            if issuers.digest != self._digest:  # else a root was staged, or a file touched
+                self._digest = issuers.digest
+                gate.sign_by(issuers.text)
+
+    def _check(self, issuers: Issuers) -> None:
+        if outside := left_out(self._policy, self._workload, issuers):
+            raise Unready("\n".join(map(str, outside)))
 
 
 class Told:
@@ -146,26 +194,20 @@ def _with_workload(options: GateOptions, policy: Policy) -> GateOptions:
 def _environment(options: GateOptions, authority: Authority, settings: Settings, trust: Path) -> dict[str, str]:
     """The command's environment: every runtime trusts the gate, and `outgate why` knows where it is."""
     from pki.authority import certificates_pem
-    from pki.distribution import MalformedBundle, environment, trust_files
-    from pki.trust import TrustError, public_roots, write_trust
+    from pki.trust import TrustError
+    from proxy.trusting import trusting
 
-    try:
-        public = public_roots(os.environ)
-    except TrustError as error:
-        say(f"{error}; inside, only inspected hosts will be trusted")
-        public = b""
-    roots = certificates_pem(*(root.certificate for root in authority.roots))
+    roots = certificates_pem(*authority.trusted)
     if settings.upstream_ca:  # what the gate accepts upstream the command accepts on passthrough
         roots += b"\n" + Path(settings.upstream_ca).read_bytes()
-    try:
-        files = trust_files(str(trust), roots, public)
-    except MalformedBundle as error:
-        raise Unready(f"the trust bundle: {error}") from error
-    write_trust(trust, files)
     kept = {name: value for name, value in os.environ.items() if name.lower() not in PROXY_VARIABLES}
     if shutil.which("outgate") is None:  # `outgate why` answers inside too
         kept["PATH"] = os.pathsep.join([kept.get("PATH", os.defpath), str(Path(sys.prefix) / "bin")])
-    return environment(str(trust), kept).over(kept) | {
+    try:
+        variables = trusting(trust, roots, kept, say)
+    except TrustError as error:
+        raise Unready(str(error)) from error
+    return variables.over(kept) | {
         "OUTGATE_POLICY": _joined(options.paths),
         "OUTGATE_TAGS": _joined(options.tags),
         "OUTGATE_WORKLOAD": settings.workload or "",

@@ -9,7 +9,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
 from policies.engine import admit, carries_plain, expect
@@ -48,7 +47,7 @@ SETTLE_TURNS = 4  # of the loop: epoll reports, a door accepts, a hello is peeke
 class Settings:
     """What the operator says besides the policy.
 
-    issuing      gives what signs leaves as PEM (certificate, chain, key); asked when the first connection is inspected
+    issuing      gives what signs leaves, as `pki.issuers` writes it; asked when the first connection is inspected
     compiled     the memory that the policy was read from, the gate's from now on; None: the inspector's start writes it
     workload     every connection is this workload's; None: as its source address or its user says
     upstream_ca  path of the roots that upstreams are verified against; None: the system's
@@ -88,6 +87,7 @@ class Gate:
         inner: Totals | None = None,
     ) -> None:
         self._settings = settings
+        self._issuing: str | None = None  # in place of those that the settings give
         self._in_force = PolicyInForce(policy, settings.workload)
         self._compiled = settings.compiled
         self._record = record
@@ -100,7 +100,10 @@ class Gate:
         proxy = settings.upstream_proxy
         site = SiteProxy(proxy, settings.hosts, self._resolver, is_own=is_own) if proxy else None
         self._inspector = Inspector(
-            partial(_configuration, settings, nameservers, system_hosts), self._duplicate, self._note, inner=inner
+            lambda: _configuration(settings, self._issuing or settings.issuing(), nameservers, system_hosts),
+            self._duplicate,
+            self._note,
+            inner=inner,
         )
         self._epoll = Epoll(_report_crash)
         self._listener = Listener(
@@ -157,6 +160,12 @@ class Gate:
             former.close()
         self._lookups.keep(policy.index)
         await self._inspector.swap()
+
+    def sign_by(self, issuing: str) -> None:
+        """Show leaves of these issuing CAs, given as `Settings.issuing` gives them, on connections that come from now
+        on; those that are inspected already go on."""
+        self._issuing = issuing
+        self._inspector.sign_by(issuing)
 
     def close_for(self, reason: Reason | None) -> None:
         """Deny every attempt for `reason`, until it is None. Flows that were let through stay."""
@@ -274,12 +283,15 @@ class Gate:
 
 
 def _configuration(
-    settings: Settings, nameservers: Sequence[Nameserver], system_hosts: Mapping[Hostname, tuple[Address, ...]]
+    settings: Settings,
+    issuing: str,
+    nameservers: Sequence[Nameserver],
+    system_hosts: Mapping[Hostname, tuple[Address, ...]],
 ) -> Configuration:
     hosts = [(name, tuple(map(str, entry.addresses)), entry.port) for name, entry in settings.hosts.items()]
     proxy = settings.upstream_proxy
     return Configuration(
-        issuing=settings.issuing(),
+        issuing=issuing,
         workload=settings.workload,
         upstream_ca=settings.upstream_ca,
         hosts=tuple(hosts),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from proxy.child import leave_no_core
 from proxy.config import Config
+from proxy.issuing import reminder
 from proxy.log.target import Target, Turns
 from proxy.options import Misused, Unready, checked_upstream_ca, say
 from proxy.record import show_peer
@@ -20,6 +23,7 @@ USAGE, NOT_STARTED = 2, 3
 
 def serve(config: Config) -> int:
     """Serve until SIGINT or SIGTERM. Returns 0; after one clear line 2 (misused) or 3 (not started)."""
+    leave_no_core()
     try:
         _check_files(config)
         doors = open_doors(config)
@@ -42,6 +46,8 @@ def check(config: Config) -> int:
     if policy:
         policy.close()
     say(report.closed)
+    if report.issuers:
+        say(reminder(report.issuers, time.time()))
     print(f"mode {config.mode}, policy {report.generation}: would start")
     return 0
 

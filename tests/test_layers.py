@@ -15,7 +15,10 @@ MAY_IMPORT = {
     "policies": {"policies"},
 }
 CORE = ("policies/*.py", "proxy/wire/*.py")
-PURE_CRYPTO = ("pki/authority.py", "pki/distribution.py", "pki/jks.py")
+PURE_CRYPTO = (
+    "pki/authority.py", "pki/profile.py", "pki/constraints.py", "pki/chains.py", "pki/rotation.py", "pki/plan.py",
+    "pki/lint.py", "pki/state.py", "pki/distribution.py", "pki/jks.py",
+)  # fmt: skip
 IMPURE = {
     "asyncio", "datetime.now", "glob", "io", "logging", "os", "pathlib", "random", "secrets", "select", "selectors",
     "shutil", "signal", "socket", "ssl", "structlog", "subprocess", "tempfile", "threading", "time", "multiprocessing",

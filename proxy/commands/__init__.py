@@ -18,17 +18,19 @@ YES, NO, USAGE, NOT_STARTED = 0, 1, 2, 3
 type Json = dict[str, object]
 
 
+tags_option = click.option(
+    "--tags",
+    multiple=True,
+    envvar="OUTGATE_TAGS",
+    show_envvar=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="Service tags as the cloud publishes them (Azure: ServiceTags_Public_DATE.json).",
+)
+
+
 def policy_options[F: Callable[..., Any]](command: F) -> F:  # Any: click's own type of what it decorates
     """`-p FILE` and `--tags FILE`, both repeatable, as `paths` and `tags`."""
-    tags = click.option(
-        "--tags",
-        multiple=True,
-        envvar="OUTGATE_TAGS",
-        show_envvar=True,
-        type=click.Path(),
-        metavar="FILE",
-        help="Service tags as the cloud publishes them (Azure: ServiceTags_Public_DATE.json).",
-    )
     paths = click.option(
         "-p",
         "--policy",
@@ -41,7 +43,7 @@ def policy_options[F: Callable[..., Any]](command: F) -> F:  # Any: click's own 
         metavar="FILE",
         help="Policy file; repeat to merge several.",
     )
-    return paths(tags(command))
+    return paths(tags_option(command))
 
 
 def load_policy(paths: Sequence[str], tags: Sequence[str], *, exit_code: int) -> Policy:

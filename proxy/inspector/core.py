@@ -12,7 +12,8 @@ import errno
 import socket
 import ssl
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 
 from addons.answers import Answer
 from addons.judge import Conversation
@@ -20,14 +21,16 @@ from addons.upstream import Upstream
 from policies.model import Reason, Verdict
 from proxy.inspector.handover import Bounds, Handover
 from proxy.inspector.inspection import Inspection
+from proxy.inspector.minting import NoLeaf
 from proxy.inspector.side import Hold
 from proxy.inspector.streams import Hooks
-from proxy.wire.client_hello import MAX_HELLO, MalformedHello, parse_hello
+from proxy.wire.client_hello import MAX_HELLO, Alert, MalformedHello, parse_hello, render_alert
 
 SWEEP_S = 1.0
 GOODBYE_S = 2.0  # for a client's close_notify after ours; RFC 8446 6.1: nobody need wait for it
 ORIGIN_S = 600.0  # an origin that changes its protocol is asked again after so long
 MAX_ORIGINS = 4096
+AGAIN_S = 60.0  # before a person is told again that there are no leaves
 
 
 def hooks_of(addons: Sequence[object]) -> Hooks:
@@ -39,7 +42,7 @@ def hooks_of(addons: Sequence[object]) -> Hooks:
 class Core:
     """Every connection that is being inspected.
 
-    context_of  the TLS context that shows a host's leaf and speaks one protocol (ALPN)
+    context_of  the TLS context that shows a host's leaf and speaks one protocol (ALPN); raises NoLeaf
     opening     the verdict on a connection's TLS
     refuse  judges and records what is no request; gives the answer. Without a status there will be none
     lost    told of a connection whose TLS handshake failed, with what went wrong
@@ -53,7 +56,7 @@ class Core:
         conversations: dict[str, Conversation],
         bounds: Bounds,
         *,
-        context_of: Callable[[str, bytes], ssl.SSLContext],
+        context_of: Callable[[str, bytes], Awaitable[ssl.SSLContext]],
         opening: Callable[[Conversation], Verdict],
         refuse: Callable[[Conversation, str, int | None, Reason], Answer],
         lost: Callable[[Handover, Reason, str], None],
@@ -73,6 +76,7 @@ class Core:
         self._by_source: Counter[str] = Counter()  # those that begin, and those in `_inspections`
         self.is_leaving = False
         self._is_held = False
+        self._is_told_until = 0.0
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def serve(self, sock: socket.socket, handover: Handover) -> None:
@@ -94,6 +98,10 @@ class Core:
         except asyncio.CancelledError:
             self._lost(handover, Reason.CLIENT_GONE, "the gate stopped")
             raise
+        except NoLeaf as error:
+            _turn_down(sock)
+            self._lost(handover, Reason.GATE_FAILED, str(error))
+            self._tell_of(error)
         except Exception as error:
             sock.close()
             self._lost(handover, Reason.GATE_FAILED, type(error).__name__)
@@ -109,16 +117,24 @@ class Core:
             return
         protocol = await inspection.agree(_offers(sock))
         try:
+            context = await self._context_of(handover.host or "", protocol)  # the newest: after whatever was awaited
             await loop.connect_accepted_socket(
                 lambda: inspection.client,
                 sock,
-                ssl=self._context_of(handover.host or "", protocol),
+                ssl=context,
                 ssl_handshake_timeout=self.bounds.handshake_s,
                 ssl_shutdown_timeout=GOODBYE_S,
             )
         except BaseException:
             inspection.discard()
             raise
+
+    def _tell_of(self, error: NoLeaf) -> None:
+        """Now and then: while there are no leaves, every connection would say so."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._is_told_until:
+            self._is_told_until = now + AGAIN_S
+            self.failed(error)
 
     def turn_away(self, handover: Handover) -> None:
         """Record a connection that is one too many, or that came when descriptors had run out."""
@@ -209,6 +225,13 @@ def _offers(sock: socket.socket) -> tuple[bytes, ...]:
     except (MalformedHello, BlockingIOError):  # TLS itself will say what is wrong with it
         return ()
     return hello.alpn if hello else ()
+
+
+def _turn_down(sock: socket.socket) -> None:
+    """Say that it is our fault, and close."""
+    with sock, suppress(OSError):  # the client is gone: that it came to nothing is recorded
+        sock.recv(MAX_HELLO)  # bytes left in the queue would turn the close into a reset
+        sock.send(render_alert(Alert.INTERNAL_ERROR))
 
 
 def _tls_reason(error: ssl.SSLError) -> Reason:

@@ -61,9 +61,9 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """All that an inspector needs besides the policy; it holds the issuing CA's key, so it travels in memory only.
+    """All that an inspector needs besides the policy; it holds the keys of issuing CAs, so it travels in memory only.
 
-    issuing      PEM: the issuing CA's certificate, what is sent after it, and its key
+    issuing      what signs leaves, as `pki.issuers` writes it
     workload     every connection is this workload's; None: as its source address or its user says
     upstream_ca  path of a PEM file; None: the system's store
     hosts        name to addresses and port, as the operator said; `system_hosts` as the machine says

@@ -115,6 +115,14 @@ class Inspector:
         self._send_policy()
         await swapped
 
+    def sign_by(self, issuing: str) -> None:
+        """Have leaves of these issuing CAs shown on connections that are handed over from now on.
+
+        One channel carries both, in order; `configuration` must give the same from now on.
+        """
+        if self._channel is not None:
+            self._channel.send(b"issuers " + issuing.encode())
+
     def close_for(self, reason: Reason | None) -> None:
         """Have every request denied for `reason`, until it is None."""
         self._closed_for = reason

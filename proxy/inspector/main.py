@@ -16,13 +16,14 @@ import traceback
 from asyncio.selector_events import _SelectorSocketTransport  # type: ignore[attr-defined]  # typeshed leaves it out
 from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import orjson
 
 from policies.model import Reason
 from proxy.channel import MAX_MESSAGE, Channel
-from proxy.child import die_with, raise_descriptor_limit
+from proxy.child import die_with, leave_no_core, raise_descriptor_limit
 from proxy.compiled import read_policy
 from proxy.inspector.handover import Configuration, Handover
 from proxy.metrics.meter import Counts
@@ -47,6 +48,7 @@ def main() -> None:
     gc.disable()  # until all is loaded: looking for cycles among what stays is an eighth of the start
     die_with(parent)
     raise_descriptor_limit()
+    leave_no_core()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # meant for the gate, which tells us what follows
         signal.signal(number, signal.SIG_IGN)
     SSLProtocol.max_size = TLS_BUFFER
@@ -111,6 +113,8 @@ class _Inspector:
                 self._say({"missed": int(rest)})
             case b"policy" if descriptor is not None:
                 self._judge_by(descriptor, int(rest))
+            case b"issuers":
+                self._sign_by(rest.decode())
             case b"closed":
                 self._close_for(Reason(rest.decode()) if rest else None)
             case b"finish":
@@ -145,6 +149,19 @@ class _Inspector:
             return
         self._say({"applied": number})
 
+    def _sign_by(self, issuing: str) -> None:
+        """Connections that come from now on are shown leaves of these. Those that cannot be read end this process: it
+        must not go on with ones that were replaced."""
+        if self._configuration is None:
+            return  # it was lost on its way: the policy that follows ends this process
+        try:
+            self._configuration = replace(self._configuration, issuing=issuing)
+            if self._wired:
+                self._wired.sign_by(issuing)
+        except Exception as error:
+            self._say({"failed": f"its issuing CAs cannot be read: {type(error).__name__}"})  # its text may hold a key
+            self._over()
+
     def _wire(self, policy: Policy) -> None:
         from proxy.inspector.wiring import wire  # here: a failure to import can be told as well
 
@@ -166,7 +183,7 @@ class _Inspector:
             return {}
         return {
             "outgate_connections_inspected": self._wired.core.open_connections,
-            "outgate_leaves_remembered": sum(map(len, self._wired.leaves)),
+            "outgate_leaves_remembered": len(self._wired.leaves),
             "outgate_names_remembered": self._wired.resolver.remembered,
         }
 
@@ -196,7 +213,9 @@ class _Inspector:
         """One line to the gate: what failed, and where. The traceback is nobody's business but a developer's."""
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" at {os.path.basename(last[0].filename)}:{last[0].lineno}" if last else ""
-        self._say({"log": f"{type(error).__name__}{where}"})
+        from proxy.inspector.minting import NoLeaf  # here as above
+
+        self._say({"log": f"no leaf: {error}" if isinstance(error, NoLeaf) else f"{type(error).__name__}{where}"})
 
     def _say(self, message: dict[str, object]) -> None:
         self._channel.send(orjson.dumps(message))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,9 +9,6 @@ from datetime import UTC, datetime
 from functools import partial
 from ipaddress import ip_address
 
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from cryptography.x509 import load_pem_x509_certificates
 from mitmproxy.connection import Client
 
 from addons.answers import Answer, answer
@@ -20,8 +16,8 @@ from addons.gate import Gate
 from addons.judge import BAD_REQUEST, Conversation, Judge, Unreachable
 from addons.record import Outcome, Recorder
 from addons.upstream import Upstream, trust_origins
-from pki.authority import Issuing
-from pki.leaves import HTTP_2, Leaves, tls_leaves
+from pki.issuers import read_issuers
+from pki.leaves import HTTP_2, Leaves
 from policies.hostnames import Hostname
 from policies.index import Policy
 from policies.model import Address, Reason
@@ -30,6 +26,7 @@ from proxy.dialer import interleave
 from proxy.hosts import HostsEntry
 from proxy.inspector.core import Core
 from proxy.inspector.handover import Configuration, Handover
+from proxy.inspector.minting import Minting
 from proxy.inspector.outcome import record_of_lost, record_of_outcome
 from proxy.metrics.meter import Counts
 from proxy.original_dst import parse_address
@@ -38,8 +35,6 @@ from proxy.policy_in_force import PolicyInForce
 from proxy.record import Sink, new_id
 from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
 from proxy.upstream_proxy import SiteProxy, parse_direct
-
-MAX_LEAVES = 1024  # of each protocol; 26 kB each, and a wildcard rule admits more names than memory has room for
 
 
 class Bench(PolicyInForce):
@@ -63,8 +58,12 @@ class Bench(PolicyInForce):
 class Wired:
     core: Core
     bench: Bench
-    leaves: tuple[Leaves[ssl.SSLContext], ...]
+    leaves: Leaves
     resolver: Resolver
+
+    def sign_by(self, issuing: str) -> None:
+        """Show leaves of these issuing CAs from now on. Raises what is wrong with the text: ValueError and others."""
+        self.leaves.replace(read_issuers(issuing))
 
 
 def wire(
@@ -110,29 +109,19 @@ def wire(
         dialled=counts.dialled,
         trust_http2=partial(trust_origins, configuration.upstream_ca, HTTP_2),
     )
-    issuing, clock = _read_issuing(configuration.issuing.encode()), partial(datetime.now, UTC)
-    leaves = tls_leaves(issuing, clock, size=MAX_LEAVES)
-    leaves_http2 = tls_leaves(issuing, clock, alpn=HTTP_2, size=MAX_LEAVES)
+    leaves = Leaves(read_issuers(configuration.issuing), partial(datetime.now, UTC))
     core = Core(
         (Gate(judge, conversation_of, site=site), Recorder(report, conversation_of)),
         upstream,
         conversations,
         configuration.bounds,
-        context_of=lambda host, alpn: (leaves_http2 if alpn == b"h2" else leaves).context(host),
+        context_of=Minting(leaves, patience_s=configuration.bounds.handshake_s).context,
         opening=judge.opening,
         refuse=refuse,
         lost=lost,
         failed=failed,
     )
-    return Wired(core, bench, (leaves, leaves_http2), resolver)
-
-
-def _read_issuing(pem: bytes) -> Issuing:
-    key = load_pem_private_key(pem, None)
-    if not isinstance(key, EllipticCurvePrivateKey):
-        raise ValueError("the issuing CA's key is not an EC key")
-    chain = load_pem_x509_certificates(pem)
-    return Issuing(chain[0], key, tuple(chain))
+    return Wired(core, bench, leaves, resolver)
 
 
 def _resolver(configuration: Configuration, counts: Counts) -> Resolver:

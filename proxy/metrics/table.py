@@ -149,7 +149,7 @@ METRICS: dict[str, Metric] = {
             _SETUPS_S,
             result=("connected", "failed"),
         ),
-        _gauge("outgate_leaves_remembered", "Leaf certificates kept for names that were inspected."),
+        _gauge("outgate_leaves_remembered", "Names that were inspected and whose leaf certificates are kept."),
         # the decision log
         _counter("outgate_log_records_written_total", "Decision records written."),
         _counter("outgate_log_records_lost_total", "Decision records that could not be written."),
@@ -160,6 +160,7 @@ METRICS: dict[str, Metric] = {
         _counter("outgate_worker_restarts_total", "Workers started in place of one that had ended by itself."),
         _counter("outgate_reloads_total", "Reloads of the policy, by what came of them.", result=_texts(ReloadOutcome)),
         _gauge("outgate_policy_loaded_timestamp_seconds", "When the policy in force was loaded, POSIX time."),
+        _gauge("outgate_issuing_expiry_timestamp_seconds", "When the issuing CA in force expires, POSIX time."),
         _info("outgate_policy_generation_info", "The policy in force, as `policy.generation` names it.", "generation"),
         _info("outgate_build_info", "The versions that run.", "version", "python", "openssl"),
         # processes

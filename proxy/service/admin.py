@@ -42,7 +42,7 @@ _LISTING = """outgate
 GET  /healthz  200 while this process works
 GET  /readyz   200, or 503 and why not
 GET  /metrics  for Prometheus; OpenMetrics where Accept asks for it
-POST /reload   read the policy files again; needs the token
+POST /reload   read the policy files and the issuing CAs again; needs the token
 """
 _READ, _CHANGE = ("GET", "HEAD"), ("POST",)
 _METHODS = {"/": _READ, "/healthz": _READ, "/readyz": _READ, "/metrics": _READ, "/reload": _CHANGE}

@@ -1,53 +1,55 @@
-"""The life of a reload: somebody asks, the compiler reads, every worker judges by the new policy or nothing changes.
+"""The life of a reload: somebody asks, the compiler reads, every worker goes by what is new or nothing changes.
 
-What is in force is held as memory that the compiler wrote; a worker that is started later gets the same, whatever the
-files say by then.
+What is in force, a policy and the issuing CAs that sign leaves under it, is held as memory; a worker that is started
+later gets the same, whatever the files say by then.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from proxy.compiled import duplicate
+from proxy.issuing import Issuers
 from proxy.metrics.meter import Counts
 from proxy.options import Unready, say
 from proxy.service.compiler import NICENESS, Report, Request, compile_policy
 from proxy.service.status import ReloadOutcome, ReloadResult
 from proxy.worker.host import RETRY_S, Sent, Worker
-from proxy.worker.messages import Judge
+from proxy.worker.messages import Judge, Sign
 
 SWAP_S = 30.0  # for every worker to judge by a new policy; a replaced one has to start first
 
 
 @dataclass(frozen=True, slots=True)
 class InForce:
-    """A policy, when it was loaded (POSIX seconds), and what signs leaves under it."""
+    """A policy, and when it was loaded (POSIX seconds)."""
 
     report: Report
     policy: BinaryIO
     loaded: float
-    issuing: str | None
 
     def told(self) -> Sent:
         """How a worker is told to judge by it."""
-        return Judge(self.report.generation, self.report.inspects, self.issuing), duplicate(self.policy)
+        return Judge(self.report.generation, self.report.inspects), duplicate(self.policy)
 
 
 class Reloads:
-    """The policy of a service, and the reloads of it, one at a time.
+    """The policy and the issuing CAs of a service, and the reloads of them, one at a time.
 
     request  what to compile
-    workers  who judge by it
+    workers  who go by it
     moved    set whenever one of them is in another state
     """
 
     def __init__(self, request: Request, workers: Sequence[Worker], moved: asyncio.Event, counts: Counts) -> None:
         self.in_force: InForce | None = None
-        self.refused: str | None = None  # why the newest files are not in force
+        self.issuers: Issuers | None = None  # in force
+        self.refused = ""  # why the newest policy files are not in force
+        self.fault = ""  # why the store's issuing CAs may not be
         self.is_swapping = False
         self._request = request
         self._workers = workers
@@ -68,6 +70,13 @@ class Reloads:
         self._wanted.set()
         return answer
 
+    def told(self) -> Iterator[Sent]:
+        """How a worker is told to go by what is in force. Raises OSError."""
+        if self.issuers:
+            yield Sign(self.issuers.digest, self.issuers.text), None
+        if self.in_force:
+            yield self.in_force.told()
+
     def tell(self, worker: Worker) -> None:
         """Have a worker judge by the policy in force, now or when there is a descriptor for it."""
         if self.in_force is None:
@@ -82,6 +91,12 @@ class Reloads:
         if worker.generation != self.generation:
             self.tell(worker)
 
+    def is_late(self, worker: Worker) -> bool:
+        """Whether it does not go by what is in force yet."""
+        return worker.generation != self.generation or (
+            self.issuers is not None and worker.issuers != self.issuers.digest
+        )
+
     async def run(self) -> None:
         """Carry out what is asked for, until cancelled."""
         while True:
@@ -95,7 +110,7 @@ class Reloads:
                     answer.set_result(result)
 
     async def first(self) -> None:
-        """Load the policy that the service starts with. Raises Unready."""
+        """Load what the service starts with. Raises Unready."""
         await self._take_over(self._request)
 
     def close(self) -> None:
@@ -104,54 +119,72 @@ class Reloads:
             self.in_force.policy.close()
 
     async def _reload(self) -> ReloadResult:
-        before = self.generation
-        has_issuing = bool(self.in_force and self.in_force.issuing)
-        request = replace(self._request, known=before, has_issuing=has_issuing, niceness=NICENESS)
+        before, issuers, was_refused = self.generation, self.issuers, self.refused
+        known = issuers.public if issuers else None
         try:
-            await self._take_over(request)
+            report = await self._take_over(replace(self._request, known=before, issuers=known, niceness=NICENESS))
         except Unready as error:
-            if self.refused != str(error):
-                say(f"the policy is not reloaded, {before} stays in force:\n{error}")
-            self.refused = str(error)
+            self._note_refusal(str(error))
             return ReloadResult(ReloadOutcome.REFUSED, before, tuple(self.refused.splitlines()))
-        was_refused, self.refused = self.refused, None
-        if self.generation == before:
-            if was_refused:
-                say(f"the files say again what is in force: policy {before}")
-            return ReloadResult(ReloadOutcome.UNCHANGED, before)
+        self._note_refusal(report.problems)
+        self._note_fault(report.fault)
+        problems = tuple((report.problems or report.fault).splitlines())
+        if was_refused and not self.refused and self.generation == before:
+            say(f"the files say again what is in force: policy {before}")
+        if self.generation == before and self.issuers is issuers:
+            return ReloadResult(ReloadOutcome.REFUSED if problems else ReloadOutcome.UNCHANGED, before, problems)
         if late := await self._late():
-            say(f"policy {self.generation} is not in force everywhere: {'; '.join(late)}")
+            say(f"what was loaded is not in force everywhere: {'; '.join(late)}")
             return ReloadResult(ReloadOutcome.FAILED, self.generation, late)
-        say(f"policy {self.generation} is in force")
-        return ReloadResult(ReloadOutcome.LOADED, self.generation)
+        if self.generation != before:
+            say(f"policy {self.generation} is in force")
+        if self.issuers is not issuers:
+            say(f"{self.issuers} is in force: new connections are shown leaves of it")
+        outcome = ReloadOutcome.REFUSED if report.problems else ReloadOutcome.LOADED
+        return ReloadResult(outcome, self.generation, problems)
 
-    async def _take_over(self, request: Request) -> None:
-        """Compile, and tell every worker if it is another policy than before. Raises Unready; all stays as it was."""
+    def _note_refusal(self, why: str) -> None:
+        """Say it once."""
+        if why and why != self.refused:
+            say(f"the policy is not reloaded, {self.generation} stays in force:\n{why}")
+        self.refused = why
+
+    def _note_fault(self, why: str) -> None:
+        """Say it once, and once that it is over."""
+        if why and why != self.fault:
+            say(f"the issuing CAs are not replaced, {self.issuers} stays in force:\n{why}")
+        if self.fault and not why:
+            say(f"the issuing CAs can be read again: {self.issuers}")
+        self.fault = why
+
+    async def _take_over(self, request: Request) -> Report:
+        """Compile, and tell every worker what is another than before. Raises Unready; all stays as it was."""
         report, policy = await compile_policy(request)
+        if report.issuers:
+            self.issuers = report.issuers
+            for worker in self._workers:
+                worker.tell(Sign(report.issuers.digest, report.issuers.text))
         if policy is None:
-            return
+            return report
         say(report.closed)
-        old = self.in_force
-        self.in_force = InForce(report, policy, time.time(), report.issuing or (old.issuing if old else None))
+        old, self.in_force = self.in_force, InForce(report, policy, time.time())
         for worker in self._workers:  # whatever it answered last: it may not have taken what it was told after that
             self.tell(worker)
         if old:
             old.policy.close()
+        return report
 
     async def _late(self) -> tuple[str, ...]:
-        """Wait for the workers. Returns a line for each that does not judge by the new policy yet."""
-
-        def late() -> list[Worker]:
-            return [worker for worker in self._workers if worker.generation != self.generation]
-
+        """Wait for the workers. Returns a line for each that does not go by what is in force yet."""
         self.is_swapping = True
         try:
             async with asyncio.timeout(SWAP_S):
-                while late():
+                while any(map(self.is_late, self._workers)):
                     self._moved.clear()
                     await self._moved.wait()
         except TimeoutError:
-            return tuple(f"worker {worker.number} does not judge by it yet" for worker in late())
+            late = filter(self.is_late, self._workers)
+            return tuple(f"worker {worker.number} does not go by it yet" for worker in late)
         finally:
             self.is_swapping = False
         return ()

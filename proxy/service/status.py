@@ -17,9 +17,9 @@ class WorkerState(StrEnum):
 class ReloadOutcome(StrEnum):
     """What came of a reload."""
 
-    LOADED = "loaded"  # a new policy is in force
+    LOADED = "loaded"  # a new policy, or new issuing CAs, are in force
     UNCHANGED = "unchanged"  # the files say what they said before
-    REFUSED = "refused"  # the files have problems; the former policy stays in force
+    REFUSED = "refused"  # the files have problems; what they should have replaced stays in force
     FAILED = "failed"  # a part of the gate failed
 
 

@@ -1,7 +1,7 @@
 """The process that starts and replaces workers, has policies compiled for them, and says how they are.
 
-No connection passes it. It holds the doors, so that none closes with a worker that is lost, and the policy as memory to
-hand on.
+No connection passes it. It holds the doors, so that none closes with a worker that is lost, and what is in force as
+memory to hand on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import ssl
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from proxy.child import memory
 from proxy.config import Config, OnLogFailure, SocketAddress
 from proxy.config.document import to_document
+from proxy.issuing import DAY_S, reminder
 from proxy.log.target import share_turns
 from proxy.metrics.meter import Counts, Number, Totals, merge
 from proxy.metrics.table import METRICS
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from proxy.service.admin import Admin
 
 ASK_S = 1.0
+REMIND_S = 60.0
 
 
 class Supervisor:
@@ -50,7 +53,7 @@ class Supervisor:
         self._totals = Totals()
         self._processes = Processes()
         self._counts = Counts(self._gauges)
-        self._watch = Watch((*config.policy, *config.tags))
+        self._watch = Watch((*config.policy, *config.tags), config.pki)
         self._moved = asyncio.Event()  # some worker is in another state
         self._workers = [
             Worker(number, partial(self._introduce, number), self._judge_again, self._moved.set, self._totals)
@@ -87,7 +90,7 @@ class Supervisor:
         """Replace, reload and answer until `stop` is set."""
         self._notifier.ready(self._shown())
         async with asyncio.TaskGroup() as group:
-            works = (self._reloads.run, self._ask_workers, self._watch_files, self._say_alive)
+            works = (self._reloads.run, self._ask_workers, self._watch_files, self._remind, self._say_alive)
             tasks = [group.create_task(work()) for work in works]
             await stop.wait()
             for task in tasks:
@@ -152,6 +155,23 @@ class Supervisor:
             await self._watch.changed()
             self._reloads.ask()
 
+    async def _remind(self) -> None:
+        """Of issuing CAs that come to their end, and have a store read again that could not be: a token that was away
+        changes no file as it comes back."""
+        said, again = "", 0.0
+        while True:
+            told = self._reminder()
+            if told and (told != said or time.time() >= again):
+                say(told)
+                again = time.time() + DAY_S
+            said = told
+            if self._reloads.fault:
+                self._reloads.ask()
+            await asyncio.sleep(REMIND_S)
+
+    def _reminder(self) -> str:
+        return reminder(self._reloads.issuers, time.time()) if self._reloads.issuers else ""
+
     @property
     def admin_address(self) -> SocketAddress | None:
         return self._admin.address if self._admin else None
@@ -170,8 +190,7 @@ class Supervisor:
         yield Configuration(), memory(json.dumps(to_document(config)).encode(), "configuration")
         for door in self._doors:
             yield Door(door.is_proxy), door.sockets[number - 1].dup()
-        if self._reloads.in_force:
-            yield self._reloads.in_force.told()
+        yield from self._reloads.told()
 
     def _judge_again(self, worker: Worker) -> None:
         self._reloads.tell_again(worker)
@@ -197,6 +216,8 @@ class Supervisor:
             return "does not answer"
         if worker.generation != self._reloads.generation and not self._reloads.is_swapping:
             return "judges by an older policy"
+        if self._reloads.is_late(worker) and not self._reloads.is_swapping:
+            return "signs by issuing CAs that were replaced"
         if worker.answer and worker.answer.log_failing and self._config.on_log_failure is OnLogFailure.DENY:
             return "cannot write the decision log, and denies everything"
         if worker.answer and worker.answer.inspector_failing:
@@ -213,6 +234,10 @@ class Supervisor:
         ]
         if self._reloads.refused:
             found.append(f"the policy files cannot be loaded; policy {self._reloads.generation} stays in force")
+        if self._reloads.fault:
+            found.append("the issuing CAs cannot be replaced by those of the store; the former stay in force")
+        if told := self._reminder():
+            found.append(told)
         return found
 
     async def metrics(self, openmetrics: bool) -> bytes:
@@ -242,4 +267,6 @@ class Supervisor:
         numbers["outgate_worker_restarts_total"] = sum(worker.restarts for worker in self._workers)
         if self._reloads.in_force:
             numbers["outgate_policy_loaded_timestamp_seconds"] = self._reloads.in_force.loaded
+        if self._reloads.issuers:
+            numbers["outgate_issuing_expiry_timestamp_seconds"] = self._reloads.issuers.expires
         return numbers

@@ -1,4 +1,4 @@
-"""Whether files have changed: looks at them once a second and reads none.
+"""Whether files have changed, of a policy or of an authority's store: looks at them once a second and reads none.
 
 It looks instead of being told: inotify says nothing of a network file system, and something else each time of a
 ConfigMap's `..data` link, an editor that renames, a directory that is replaced. What a path leads to is one thing.
@@ -7,6 +7,7 @@ ConfigMap's `..data` link, an editor that renames, a directory that is replaced.
 from __future__ import annotations
 
 import asyncio
+import glob
 import os
 from collections.abc import Sequence
 
@@ -16,12 +17,14 @@ type Look = tuple[tuple[str, int, int, int, int, int] | None, ...]
 
 
 class Watch:
-    """Files by path. Made before they are read, so that a change in between is not missed."""
+    """Files by path, and the issuing CAs of a store. Made before they are read, so that a change in between is not
+    missed."""
 
-    def __init__(self, paths: Sequence[str], look_s: float = LOOK_S) -> None:
+    def __init__(self, paths: Sequence[str], store: str | None = None, look_s: float = LOOK_S) -> None:
         self._paths = tuple(paths)
+        self._store = store
         self._look_s = look_s
-        self._seen = look(paths)
+        self._seen = self._look()
 
     async def changed(self) -> None:
         """Returns once some file is another than before, and two looks in a row agree on what it is now.
@@ -36,7 +39,17 @@ class Watch:
 
     async def _next(self) -> Look:
         await asyncio.sleep(self._look_s)
-        return look(self._paths)
+        return self._look()
+
+    def _look(self) -> Look:
+        return look((*self._paths, *(store_files(self._store) if self._store else ())))
+
+
+def store_files(directory: str) -> list[str]:
+    """What the issuing CAs of a store are read from. What stands there may be half of a copy: the rest comes later, and
+    is a change as well."""
+    found = ["state.json", *sorted(glob.glob("issuing/*/*", root_dir=directory))]
+    return [os.path.join(directory, name) for name in found]
 
 
 def look(paths: Sequence[str]) -> Look:

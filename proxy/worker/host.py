@@ -24,6 +24,7 @@ from proxy.worker.messages import (
     Question,
     Refused,
     Said,
+    Signing,
     Told,
     from_bytes,
     to_bytes,
@@ -46,13 +47,14 @@ class Worker:
 
     state       None: there is no process
     generation  that the process judges by
+    issuers     the digest of the issuing CAs that it signs by
     answer      its last
     failure     why none serves, since one ended or could not start
     restarts    how often one took the place of another
 
-    introduction  what a new process is told: configuration, doors, policy
+    introduction  what a new process is told: configuration, doors, issuing CAs, policy
     retry         asked to send the policy in force, unless the process judges by it
-    changed       told that the state, the generation or the answer is another
+    changed       told that the state, the answer, or what is in force here is another
     totals        what every process counted, also those that are gone
     """
 
@@ -67,6 +69,7 @@ class Worker:
         self.number = number
         self.state: WorkerState | None = None
         self.generation: str | None = None
+        self.issuers: str | None = None
         self.answer: Answer | None = None
         self.failure: str | None = None
         self.restarts = 0
@@ -151,6 +154,8 @@ class Worker:
                     self.state = WorkerState.READY
                     self._cancel()
                 self._retry(self)  # where another is in force by now
+            case Signing(digest):
+                self.issuers = digest
             case Refused(generation, why):
                 say(f"worker {self.number} goes on with policy {self.generation}: {generation}: {why}")
                 asyncio.get_running_loop().call_later(RETRY_S, self._retry, self)
@@ -175,7 +180,8 @@ class Worker:
             self._child.kill()
             self._totals.retire(self._child.process.pid)
         self.failure = why or self.failure or _how_it_ended(self._child)
-        self.state = self.generation = self.answer = self._asked = self._child = self._channel = None
+        self.state = self.generation = self.issuers = self.answer = None
+        self._asked = self._child = self._channel = None
         if not self._is_finishing:
             pause_s = self._back_off.failed()
             if self._has_served:  # else whoever starts the service says it

@@ -28,6 +28,8 @@ from proxy.worker.messages import (
     Refused,
     Reopen,
     Said,
+    Sign,
+    Signing,
     Told,
     from_bytes,
     to_bytes,
@@ -55,7 +57,7 @@ class _Worker:
         self._sock = sock
         self._turns: int | None = None
         self._serving: Serving | None = None
-        self._policies: asyncio.Queue[tuple[Judge, int | None]] = asyncio.Queue()
+        self._orders: asyncio.Queue[tuple[Judge | Sign, int | None]] = asyncio.Queue()
         self._ending = asyncio.Event()
         self._hurry = asyncio.Event()
         self._grace_s: float | None = None
@@ -64,9 +66,9 @@ class _Worker:
         # Nothing new is let in without a supervisor: nobody would say what another policy forbids by then.
         self._channel = Channel(self._sock, received=self._receive, closed=self._finish)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._finish)
-        judging = asyncio.create_task(self._judge())
+        obeying = asyncio.create_task(self._carry_out())
         await self._ending.wait()
-        judging.cancel()
+        obeying.cancel()
         if self._serving:
             await self._serving.finish(self._grace_s, self._hurry)
 
@@ -88,8 +90,8 @@ class _Worker:
                     self._serving = Serving(from_document(json.load(file)), self._turns)
             case Door(is_proxy) if descriptor is not None and self._serving:
                 self._serving.add_door(socket.socket(fileno=descriptor), is_proxy=is_proxy)
-            case Judge() if self._serving:
-                self._policies.put_nowait((message, descriptor))
+            case Judge() | Sign() if self._serving:
+                self._orders.put_nowait((message, descriptor))
             case Question() if self._serving:
                 self._say(self._serving.answer())
             case Reopen() if self._serving:
@@ -101,26 +103,31 @@ class _Worker:
             case _:
                 raise ValueError(f"{type(message).__name__} came without what belongs to it")
 
-    async def _judge(self) -> None:
-        """Take over one policy after another. The first opens the doors; without one, there is nothing to do here."""
+    async def _carry_out(self) -> None:
+        """Take over one policy after another, and issuing CAs between them, in the order in which they were sent. The
+        first policy opens the doors; without one, there is nothing to do here."""
         while True:
-            judge, descriptor = await self._policies.get()
+            order, descriptor = await self._orders.get()
             assert self._serving
+            if isinstance(order, Sign):
+                self._serving.sign_by(order.issuing)
+                self._say(Signing(order.digest))
+                continue
             is_first = not self._serving.is_open
             try:
                 if descriptor is None:  # connections have taken all there are
                     raise OSError("no descriptor is free")
-                await self._serving.judge_by(judge, os.fdopen(descriptor, "rb"))
+                await self._serving.judge_by(order, os.fdopen(descriptor, "rb"))
             except Exception as error:
                 if is_first:
                     self._fail(error)
                     return
-                self._say(Refused(judge.generation, str(error) or type(error).__name__))
+                self._say(Refused(order.generation, str(error) or type(error).__name__))
                 continue
             if is_first:
                 gc.freeze()
                 gc.enable()
-            self._say(Judging(judge.generation))
+            self._say(Judging(order.generation))
 
     def _fail(self, error: Exception) -> None:
         """What is open may end in peace; another process takes its place. What follows from a failure is no news."""

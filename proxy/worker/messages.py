@@ -34,12 +34,19 @@ class Judge:
     """Judge by another policy from now on; the first lets connections in. With it comes what the compiler wrote.
 
     inspects  a rule ends TLS
-    issuing   what signs leaves, in PEM
     """
 
     generation: str
     inspects: bool
-    issuing: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """Sign leaves by these issuing CAs from now on. The text goes in the message itself: it must not be missed for want
+    of a descriptor."""
+
+    digest: str
+    issuing: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,13 @@ class Judging:
     """This generation judges every attempt from now on, and all doors are open."""
 
     generation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """Connections that come from now on are shown leaves of the issuing CAs with this digest."""
+
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +114,12 @@ class Answer:
     inspector_silent: bool = False
 
 
-type Told = LogTurns | Configuration | Door | Judge | Question | Reopen | Finish
-type Said = Judging | Refused | Failed | Answer
+type Told = LogTurns | Configuration | Door | Sign | Judge | Question | Reopen | Finish
+type Said = Signing | Judging | Refused | Failed | Answer
 
-_KINDS = (LogTurns, Configuration, Door, Judge, Question, Reopen, Finish, Judging, Refused, Failed, Answer)
+_KINDS = (
+    LogTurns, Configuration, Door, Sign, Judge, Question, Reopen, Finish, Signing, Judging, Refused, Failed, Answer,
+)  # fmt: skip
 _BY_NAME: dict[str, Callable[..., Told | Said]] = {kind.__name__: kind for kind in _KINDS}
 
 

@@ -11,9 +11,10 @@ from policies.model import Reason
 from proxy.compiled import NotCompiled, read_policy
 from proxy.config import Config, OnLogFailure, SocketAddress
 from proxy.explicit.verifier import Verifier
+from proxy.issuing import describe
 from proxy.log.decision_log import open_log
 from proxy.metrics.meter import Meter, Totals
-from proxy.options import issuing_pem, new_authority, say
+from proxy.options import new_authority, say
 from proxy.original_dst import redirected_dst
 from proxy.runtime import Gate, Settings
 from proxy.worker.messages import Answer, Judge
@@ -48,7 +49,6 @@ class Serving:
 
     async def judge_by(self, judge: Judge, compiled: BinaryIO) -> None:
         """Judge by the policy in `compiled`, which is ours from now on. Raises NotCompiled; then all is as it was."""
-        self._issuing = judge.issuing or self._issuing
         if self._gate:
             await self._gate.swap(compiled)
         else:
@@ -56,6 +56,12 @@ class Serving:
         self._inspects = judge.inspects
         if self._inspects:
             self._gate.start_inspector()
+
+    def sign_by(self, issuing: str) -> None:
+        """Show leaves of these issuing CAs on connections that come from now on."""
+        self._issuing = issuing
+        if self._gate:
+            self._gate.sign_by(issuing)
 
     def answer(self) -> Answer:
         """How it is. An inspector that ended is tried again, so that a gate recovers which nobody uses meanwhile."""
@@ -93,7 +99,7 @@ class Serving:
             raise
         config = self._config
         settings = Settings(
-            issuing=lambda: self._issuing or issuing_pem(new_authority()),  # plain HTTP is inspected, and shows no leaf
+            issuing=lambda: self._issuing or describe(new_authority().issuers).text,  # plain HTTP: it shows no leaf
             compiled=compiled,
             workload=config.workload,
             hosts=config.hosts,

@@ -26,6 +26,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from proxy.service.compiler import Request, compile_policy
 from tests.proxy.inspecting import get, read_reply
+from tests.proxy.rotating import new_store
 from tests.proxy.swapping import CARRIED, INSPECTED, Serving, of_app
 
 RULES = 100_000
@@ -115,7 +116,8 @@ def clients() -> Iterator[Load]:
 
 
 def compiled(path: Path) -> BinaryIO:
-    _, policy = asyncio.run(compile_policy(Request(paths=(str(path),), has_issuing=True)))
+    request = Request(paths=(str(path),), pki=str(path.parent / "pki"))
+    _, policy = asyncio.run(compile_policy(request))
     assert policy is not None
     return policy
 
@@ -129,6 +131,7 @@ def test_the_longest_wait_during_a_swap(
 ) -> None:
     path = tmp_path / "large.yaml"
     path.write_text(of_app(*SERVED, *(RULE.format(number, number % 997) for number in range(RULES))))
+    new_store(tmp_path)
     pickled = tmp_path / "policy.pickle"
     subprocess.run([sys.executable, "-c", PICKLE, str(path), str(pickled)], check=True)
     found: dict[str, Waits] = {}

@@ -4,61 +4,42 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
 from pki.authority import Issuing
-from pki.leaves import tls_leaves
+from pki.clients import CLIENTS, Client, Target
+from pki.doctor import Found, answering
+from pki.leaves import Leaves
 
-ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\ntrusted"
-NO_REPOSITORY = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+PYTHON = sys.executable
+# The environment that the tests run in comes first; Deno and Bun come from npm into it.
+SEARCHED = os.pathsep.join(
+    [os.path.dirname(PYTHON), os.environ.get("PATH", os.defpath), f"{sys.prefix}/js/node_modules/.bin"]
+)
 
 
 @contextmanager
-def serving(issuing: Issuing, host_without_sni: str = "127.0.0.1") -> Iterator[int]:
+def serving(issuing: Issuing | Sequence[Issuing], host_without_sni: str = "127.0.0.1") -> Iterator[int]:
     """The port of a server on 127.0.0.1 that answers `trusted` (and 404 to git) under a leaf for the SNI."""
-    leaves = tls_leaves(issuing, lambda: datetime.now(UTC))
+    issuers = [issuing] if isinstance(issuing, Issuing) else issuing
+    leaves = Leaves(issuers, lambda: datetime.now(UTC))
     first = leaves.context(host_without_sni)
 
     def choose(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
         connection.context = leaves.context(name or host_without_sni)
 
     first.sni_callback = choose
-    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
-        thread = Thread(target=_accept, args=(listener, first))
-        thread.start()
-        try:
-            yield listener.getsockname()[1]
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-            thread.join()
-
-
-def _accept(listener: socket.socket, context: ssl.SSLContext) -> None:
-    while True:
-        try:
-            connection, _ = listener.accept()
-        except OSError:
-            return
-        with connection:
-            connection.settimeout(20)
-            try:
-                with context.wrap_socket(connection, server_side=True) as stream:
-                    if request := stream.recv(65536):
-                        stream.sendall(NO_REPOSITORY if b"/info/refs" in request else ANSWER)
-                        stream.unwrap()
-            except OSError:  # the client does not trust us, or hung up: what it says is what is tested
-                pass
+    with answering(first) as port:
+        yield port
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +54,65 @@ def run(
     command: list[str], environment: Mapping[str, str], home: Path, *, trusted: Callable[[str], bool] | None = None
 ) -> Outcome:
     """Runs a client with `environment` alone. It trusts us if it prints the answer, or as `trusted` says."""
-    clean = {"PATH": os.environ["PATH"], "HOME": str(home), "LC_ALL": "C.UTF-8"}
     done = subprocess.run(
-        command, env=clean | dict(environment), cwd=home, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        command,
+        env=alone(home) | dict(environment),
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
     )
     said = (done.stdout + done.stderr).decode(errors="replace")
     is_trusted = trusted(said) if trusted else done.returncode == 0 and b"trusted" in done.stdout
     return Outcome(is_trusted, said)
 
 
+def alone(home: Path) -> dict[str, str]:
+    """The variables of a program that was told nothing about trust."""
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "LC_ALL": "C.UTF-8"}
+
+
 def program(name: str) -> str:
     """The path of a client, or this test is skipped with the reason."""
-    path = shutil.which(name)
+    path = shutil.which(name, path=SEARCHED)
     if path is None:
         pytest.skip(f"{name} is not installed")
     return path
 
 
-PYTHON = sys.executable
+def client(name: str, ca: Path | None = None) -> Found:
+    """One of our clients on this machine, or this test is skipped with the reason.
+
+    Python's are those of the environment that the tests run in, at their strictest. gnutls-cli, which reads no
+    variable, is given `ca` as an option.
+    """
+    one = next(one for one in CLIENTS if one.name == name)
+    if one.every:
+        return Found(_strict(one), PYTHON, "")
+    if name == "gnutls-cli" and ca is not None:
+        return Found(_given(one, ca), program("gnutls-cli"), "")
+    return Found(one, program(one.program), "")
+
+
+# Python 3.13 does this by itself.
+STRICT = """
+import ssl
+lenient = ssl.create_default_context
+def create_default_context(*given, **named):
+    context = lenient(*given, **named)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    return context
+ssl.create_default_context = ssl._create_default_https_context = create_default_context
+"""
+
+
+def _strict(one: Client) -> Client:
+    def arguments(target: Target) -> tuple[str, ...]:
+        option, script, *urls = one.arguments(target)
+        return (option, STRICT + script, *urls)
+
+    return replace(one, arguments=arguments)
+
+
+def _given(one: Client, ca: Path) -> Client:
+    return replace(one, arguments=lambda target: (f"--x509cafile={ca}", *one.arguments(target)))

@@ -1,6 +1,4 @@
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -8,47 +6,45 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
-from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+from cryptography.x509.verification import VerificationError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pki import jks
 from pki.authority import (
-    Authority,
+    LEAST_LIFE,
     AuthorityError,
+    CaKey,
     Issuing,
+    KeyKind,
     Leaf,
+    Line,
     Root,
     certificate_id,
     certificates_pem,
     create_authority,
     create_issuing,
+    create_key,
     create_root,
+    cross_sign,
     fingerprint,
     issue_leaf,
     key_pem,
 )
-from tests.pki.clients import PYTHON, program, run, serving
+from tests.pki import oracle
+from tests.pki.clients import program
 
 NOW = datetime(2026, 11, 22, 12, 30, 15, 123456, tzinfo=UTC)
 AUTHORITY = create_authority(NOW, name="Example Corp")
-ROOT, ISSUING = AUTHORITY.roots[0], AUTHORITY.issuing
+ROOT, ISSUING = AUTHORITY.roots[0], AUTHORITY.issuer
 LONG = ".".join(["a" * 63] * 3 + ["b" * 61])  # 253 characters
 ABOVE_64 = "xn--bcher-kva." + "long." * 12 + "name.example"
 
 
 def verify(leaf: Leaf, at: datetime = NOW, root: Root = ROOT, host: str | None = None) -> list[x509.Certificate]:
-    """The oracle: the web PKI profile as another implementation reads it. Raises VerificationError."""
-    name = host or leaf.host
-    try:
-        subject: x509.DNSName | x509.IPAddress = x509.IPAddress(ip_address(name))
-    except ValueError:
-        subject = x509.DNSName(name)
-    verifier = PolicyBuilder().store(Store([root.certificate])).time(at).build_server_verifier(subject)
-    return verifier.verify(leaf.certificate, list(leaf.chain))
+    return oracle.verify(leaf, root.certificate, at=at, host=host)
 
 
 def extension[T: x509.ExtensionType](certificate: x509.Certificate, kind: type[T]) -> tuple[T, bool]:
@@ -78,7 +74,7 @@ def test_a_root_lives_ten_years_and_an_issuing_ca_one() -> None:
 
 def test_an_issuing_ca_does_not_outlive_its_root() -> None:
     authority = create_authority(NOW, root_years=1, issuing_life=timedelta(days=3000))
-    assert authority.issuing.certificate.not_valid_after_utc == authority.roots[0].certificate.not_valid_after_utc
+    assert authority.issuer.certificate.not_valid_after_utc == authority.roots[0].certificate.not_valid_after_utc
 
 
 def test_an_offline_root_signs_nothing_here() -> None:
@@ -93,7 +89,7 @@ def test_an_expired_root_signs_nothing() -> None:
 
 def test_two_authorities_of_one_name_differ_in_subject() -> None:
     other = create_authority(NOW, name="Example Corp")
-    subjects = {c.subject for a in (AUTHORITY, other) for c in (a.roots[0].certificate, a.issuing.certificate)}
+    subjects = {c.subject for a in (AUTHORITY, other) for c in (a.roots[0].certificate, a.issuer.certificate)}
     assert len(subjects) == 4
 
 
@@ -106,6 +102,138 @@ def test_a_name_that_no_certificate_can_carry_is_refused(name: str) -> None:
 def test_a_name_in_any_script_is_carried() -> None:
     subject = create_authority(NOW, name="Überfirma 株式会社").roots[0].certificate.subject
     assert "Überfirma 株式会社" in subject.rfc4514_string()
+
+
+def test_what_a_ca_of_path_length_1_signs_may_sign_leaves() -> None:
+    given = create_issuing(ROOT, NOW, name="Example Corp", path_length=1)
+    below = create_issuing(Root(given.certificate, given.key), NOW, name="Example Corp")
+    chain = (below.certificate, given.certificate)
+    assert extension(given.certificate, x509.BasicConstraints) == (x509.BasicConstraints(True, 1), True)
+    assert verify(issue_leaf(Issuing(below.certificate, below.key, chain), "a.example", NOW))
+
+
+def test_an_issuing_ca_has_another_key_than_its_root() -> None:
+    with pytest.raises(AuthorityError, match="an issuing CA with the key of root .*; use another key"):
+        create_issuing(ROOT, NOW, name="Example Corp", key=ROOT.key)
+
+
+@pytest.mark.parametrize(("above", "path_length"), [(0, 0), (1, 1)])
+def test_no_ca_is_made_where_the_path_length_above_allows_none(above: int, path_length: int) -> None:
+    given = create_issuing(ROOT, NOW, name="Example Corp", path_length=above)
+    with pytest.raises(AuthorityError, match=f"allows {above} CAs in a row below it"):
+        create_issuing(Root(given.certificate, given.key), NOW, name="Example Corp", path_length=path_length)
+
+
+@pytest.mark.parametrize(
+    ("curve", "digest"),
+    [(ec.SECP256R1(), hashes.SHA256), (ec.SECP384R1(), hashes.SHA384), (ec.SECP521R1(), hashes.SHA512)],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_curve_signs_with_the_digest_of_its_strength(
+    curve: ec.EllipticCurve, digest: type[hashes.HashAlgorithm]
+) -> None:
+    root = create_root(NOW, name="Example Corp", key=ec.generate_private_key(curve))
+    issuing = create_issuing(root, NOW, name="Example Corp", key=ec.generate_private_key(curve))
+    leaf = issue_leaf(issuing, "a.example", NOW)
+    signed = (root.certificate, issuing.certificate, leaf.certificate)
+    assert {type(certificate.signature_hash_algorithm) for certificate in signed} == {digest}
+    assert verify(leaf, root=root)
+
+
+class Token(ec.EllipticCurvePrivateKey):
+    """A key that is elsewhere: here are its signatures."""
+
+    def __init__(self) -> None:
+        self._there = ec.generate_private_key(ec.SECP256R1())
+
+    def sign(self, data: object, signature_algorithm: ec.EllipticCurveSignatureAlgorithm) -> bytes:
+        assert isinstance(data, bytes)
+        return self._there.sign(data, signature_algorithm)
+
+    def public_key(self) -> ec.EllipticCurvePublicKey:
+        return self._there.public_key()
+
+    @property
+    def curve(self) -> ec.EllipticCurve:
+        return self._there.curve
+
+    @property
+    def key_size(self) -> int:
+        return self._there.key_size
+
+    def exchange(self, *_: object) -> bytes:
+        raise AssertionError("not asked for")
+
+    def private_numbers(self) -> ec.EllipticCurvePrivateNumbers:
+        raise AssertionError("not to be had")
+
+    def private_bytes(self, *_: object) -> bytes:
+        raise AssertionError("not to be had")
+
+    def __copy__(self) -> "Token":
+        return self
+
+    def __deepcopy__(self, _: object) -> "Token":
+        return self
+
+
+def test_keys_that_are_elsewhere_sign_everything() -> None:
+    root = create_root(NOW, name="Example Corp", key=Token())
+    issuing = create_issuing(root, NOW, name="Example Corp", key=Token())
+    assert verify(issue_leaf(issuing, "a.example", NOW), root=root)
+
+
+# Cross certificates
+
+
+OLD = create_root(NOW - timedelta(days=3000), name="Example Corp")
+
+
+def test_a_cross_certificate_is_the_subject_under_another_issuer() -> None:
+    cross = cross_sign(ROOT, OLD, NOW)
+    assert (cross.subject, cross.issuer) == (ROOT.certificate.subject, OLD.certificate.subject)
+    own, signers = (extension(c, x509.SubjectKeyIdentifier)[0] for c in (ROOT.certificate, OLD.certificate))
+    assert extension(cross, x509.SubjectKeyIdentifier) == (own, False)
+    assert extension(cross, x509.AuthorityKeyIdentifier)[0].key_identifier == signers.digest
+    assert extension(cross, x509.BasicConstraints) == (x509.BasicConstraints(True, None), True)
+    assert extension(cross, x509.KeyUsage) == extension(ROOT.certificate, x509.KeyUsage)
+
+
+def test_a_cross_certificate_lives_as_long_as_both() -> None:
+    ahead, back = cross_sign(ROOT, OLD, NOW), cross_sign(OLD, ROOT, NOW)
+    assert {ahead.not_valid_after_utc, back.not_valid_after_utc} == {OLD.certificate.not_valid_after_utc}
+    assert ahead.not_valid_before_utc == ROOT.certificate.not_valid_before_utc
+    until = NOW + timedelta(days=90)
+    assert cross_sign(OLD, ROOT, NOW, until=until).not_valid_after_utc == until.replace(microsecond=0)
+
+
+def test_a_client_that_trusts_the_signer_alone_accepts_what_the_subject_signed() -> None:
+    crossed = Issuing(ISSUING.certificate, ISSUING.key, (ISSUING.certificate, cross_sign(ROOT, OLD, NOW)))
+    leaf = issue_leaf(crossed, "a.example", NOW)
+    assert len(verify(leaf, root=OLD)) == 4
+    assert len(verify(leaf, root=ROOT)) == 3
+
+
+def test_a_cross_certificate_keeps_the_limits_of_its_subject() -> None:
+    issuing = create_issuing(ROOT, NOW, name="Corporate", permitted=["corp.example"], path_length=2)
+    limited = Root(issuing.certificate, issuing.key)
+    cross = cross_sign(limited, OLD, NOW)
+    assert extension(cross, x509.BasicConstraints)[0].path_length == 2
+    assert extension(cross, x509.NameConstraints) == extension(limited.certificate, x509.NameConstraints)
+
+
+def test_a_root_that_has_expired_is_not_crossed() -> None:
+    with pytest.raises(AuthorityError, match="expired"):
+        cross_sign(create_root(NOW - timedelta(days=4000), name="Old"), ROOT, NOW)
+
+
+def test_a_cross_certificate_that_has_expired_is_not_sent() -> None:
+    end = OLD.certificate.not_valid_after_utc
+    issuing = create_issuing(ROOT, end - timedelta(days=100), name="Example Corp")
+    crossed = Issuing(issuing.certificate, issuing.key, (issuing.certificate, cross_sign(ROOT, OLD, NOW)))
+    before = issue_leaf(crossed, "a.example", end - timedelta(days=1))
+    assert (before.chain, before.renew_at) == (crossed.chain, end)
+    assert issue_leaf(crossed, "a.example", end).chain == (issuing.certificate,)
 
 
 # Leaves
@@ -169,7 +297,7 @@ def test_a_leaf_is_not_older_than_its_issuer() -> None:
 @pytest.mark.parametrize(
     ("at", "message"),
     [
-        (ISSUING.certificate.not_valid_after_utc, "expired at 2027-11-22 .*; renew it"),
+        (ISSUING.certificate.not_valid_after_utc, "expired at 2027-11-22 .*; replace it"),
         (ISSUING.certificate.not_valid_before_utc - timedelta(seconds=1), "not valid before .*; set the clock"),
     ],
     ids=["expired", "not yet valid"],
@@ -180,8 +308,35 @@ def test_an_issuing_ca_that_is_not_valid_issues_nothing(at: datetime, message: s
 
 
 def test_a_clock_in_another_zone_gives_the_same_life() -> None:
-    leaf = issue_leaf(ISSUING, "a.example", NOW.astimezone(ZoneInfo("Asia/Tokyo")))
-    assert verify(leaf)
+    there = issue_leaf(ISSUING, "a.example", NOW.astimezone(ZoneInfo("Asia/Tokyo"))).certificate
+    here = issue_leaf(ISSUING, "a.example", NOW).certificate
+    assert there.not_valid_before_utc == here.not_valid_before_utc
+    assert there.not_valid_after_utc == here.not_valid_after_utc
+
+
+def test_a_ca_that_ends_within_minutes_signs_nothing_any_more() -> None:
+    last = ISSUING.certificate.not_valid_after_utc - LEAST_LIFE
+    assert verify(issue_leaf(ISSUING, "a.example", last), at=last)
+    with pytest.raises(AuthorityError, match="too soon to sign anything; replace it"):
+        issue_leaf(ISSUING, "a.example", last + timedelta(seconds=1))
+    with pytest.raises(AuthorityError, match="too soon to sign anything; replace it"):
+        create_issuing(ROOT, ROOT.certificate.not_valid_after_utc - timedelta(minutes=1), name="Example Corp")
+
+
+@pytest.mark.parametrize(
+    ("years", "message"),
+    [(0, "is over before it begins"), (-1, "is over before it begins"), (8000, "ends after the year 9999")],
+)
+def test_a_life_that_no_certificate_can_have_is_refused(years: int, message: str) -> None:
+    with pytest.raises(AuthorityError, match=message):
+        create_root(NOW, name="Example Corp", years=years)
+
+
+def test_a_life_past_2049_is_written_in_four_digits() -> None:
+    root = create_root(NOW, name="Example Corp", years=40)
+    issuing = create_issuing(root, NOW, name="Example Corp", life=timedelta(days=12000))
+    at = datetime(2059, 1, 1, tzinfo=UTC)
+    assert verify(issue_leaf(issuing, "a.example", at), at=at, root=root)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +408,7 @@ def test_any_text_gives_a_leaf_or_our_error(text: str) -> None:
 def test_a_leaf_of_another_authority_is_refused() -> None:
     other = create_authority(NOW, name="Example Corp")
     with pytest.raises(VerificationError):
-        verify(issue_leaf(other.issuing, "a.example", NOW))
+        verify(issue_leaf(other.issuer, "a.example", NOW))
 
 
 def test_a_leaf_cannot_sign_a_leaf() -> None:
@@ -271,114 +426,76 @@ def test_ids_and_fingerprints_are_those_openssl_prints(tmp_path: Path) -> None:
     assert certificate_id(ROOT.certificate) == fingerprint(ROOT.certificate).replace(":", "").lower()[:16]
 
 
-# Real clients at their strictest, against a server on the loopback
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    port: int
-    authority: Authority
-    ca: Path
+# RSA beside it
 
 
 @pytest.fixture(scope="module")
-def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
-    authority = create_authority(datetime.now(UTC))
-    ca = tmp_path_factory.mktemp("authority") / "ca.crt"
-    ca.write_bytes(certificates_pem(authority.roots[0].certificate))
-    with serving(authority.issuing) as port:
-        yield Gate(port, authority, ca)
+def rsa_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, 2048)
 
 
-HOSTS = [pytest.param(h, id=i) for h, i in (("a.example", "name"), (ABOVE_64, "no subject"), ("127.0.0.1", "address"))]
+@pytest.fixture(scope="module")
+def both() -> tuple[Root, Issuing]:
+    """The RSA line of an authority that has two."""
+    authority = create_authority(NOW, with_rsa=True)
+    assert [issuer.line for issuer in authority.issuers] == [Line.MAIN, Line.RSA]
+    assert issue_leaf(authority.issuer, "a.example", NOW).chain == (authority.issuers[0].certificate,)
+    return authority.roots[1], authority.issuers[1]
 
 
-@pytest.mark.client
-@pytest.mark.parametrize("host", HOSTS)
-def test_curl_accepts(host: str, gate: Gate, tmp_path: Path) -> None:
-    to = f"{host}:443:127.0.0.1:{gate.port}"
-    outcome = run(
-        [program("curl"), "-sS", "--cacert", str(gate.ca), "--connect-to", to, f"https://{host}/"], {}, tmp_path
-    )
-    assert outcome.trusted, outcome.said
+def test_the_rsa_line_is_rsa_throughout(both: tuple[Root, Issuing], rsa_key: CaKey) -> None:
+    root, issuing = both
+    leaf = issue_leaf(issuing, "a.example", NOW, rsa_key)
+    keys = [certificate.public_key() for certificate in (root.certificate, issuing.certificate, leaf.certificate)]
+    assert [key.key_size for key in keys if isinstance(key, rsa.RSAPublicKey)] == [3072, 3072, 2048]
+    assert leaf.key is rsa_key
+    assert verify(leaf, root=root)
 
 
-@pytest.mark.client
-@pytest.mark.parametrize("host", HOSTS)
-def test_openssl_accepts_strictly(host: str, gate: Gate, tmp_path: Path) -> None:
-    name = (
-        ["-noservername", "-verify_ip", host]
-        if host == "127.0.0.1"
-        else ["-servername", host, "-verify_hostname", host]
-    )
-    strict = ["-CAfile", str(gate.ca), "-no-CApath", "-x509_strict", "-verify_return_error"]
-    command = [program("openssl"), "s_client", "-connect", f"127.0.0.1:{gate.port}", *strict, *name]
-    outcome = run(command, {}, tmp_path, trusted=lambda said: "Verify return code: 0 (ok)" in said)
-    assert outcome.trusted, outcome.said
+def test_an_rsa_leaf_also_serves_clients_without_forward_secrecy(both: tuple[Root, Issuing], rsa_key: CaKey) -> None:
+    usage = extension(issue_leaf(both[1], "a.example", NOW, rsa_key).certificate, x509.KeyUsage)[0]
+    assert (usage.digital_signature, usage.key_encipherment, usage.key_cert_sign) == (True, True, False)
+    assert not extension(issue_leaf(ISSUING, "a.example", NOW).certificate, x509.KeyUsage)[0].key_encipherment
 
 
-@pytest.mark.client
-@pytest.mark.parametrize("host", HOSTS)
-def test_python_accepts_strictly(host: str, gate: Gate, tmp_path: Path) -> None:
-    script = (
-        "import socket, ssl, sys\n"
-        "context = ssl.create_default_context(cafile=sys.argv[1])\n"
-        "context.verify_flags |= ssl.VERIFY_X509_STRICT\n"
-        "with socket.create_connection(('127.0.0.1', int(sys.argv[2]))) as s:\n"
-        "    with context.wrap_socket(s, server_hostname=sys.argv[3]) as t:\n"
-        "        t.sendall(b'GET / HTTP/1.1\\r\\n\\r\\n'); print(t.recv(4096).decode())\n"
-    )
-    outcome = run([PYTHON, "-c", script, str(gate.ca), str(gate.port), host], {}, tmp_path)
-    assert outcome.trusted, outcome.said
+def test_a_leaf_of_the_rsa_line_has_an_rsa_key_by_default(both: tuple[Root, Issuing]) -> None:
+    assert isinstance(issue_leaf(both[1], "a.example", NOW).key, rsa.RSAPrivateKey)
+
+
+# What openssl says, at its strictest
+
+
+ODD = [
+    pytest.param("a.example", id="name"),
+    pytest.param(ABOVE_64, id="no subject"),
+    pytest.param(LONG, id="253 characters"),
+    pytest.param("my_bucket.a.example", id="underscore"),
+    pytest.param("_service.a.example", id="leading underscore"),
+    pytest.param("203.0.113.9", id="address"),
+    pytest.param("2001:db8::1", id="IPv6 address"),
+]
 
 
 @pytest.mark.client
-@pytest.mark.parametrize("host", HOSTS)
-def test_node_accepts(host: str, gate: Gate, tmp_path: Path) -> None:
-    script = (
-        "const [ca, port, host] = process.argv.slice(1);\n"
-        "const options = {host: '127.0.0.1', port, ca: require('fs').readFileSync(ca), servername: host};\n"
-        "if (host == '127.0.0.1') delete options.servername;\n"
-        "require('https').get({...options, headers: {host}}, r => r.pipe(process.stdout));\n"
-    )
-    outcome = run([program("node"), "-e", script, str(gate.ca), str(gate.port), host], {}, tmp_path)
-    assert outcome.trusted, outcome.said
+@pytest.mark.parametrize("host", ODD)
+def test_openssl_verifies_every_kind_of_leaf(host: str, tmp_path: Path) -> None:
+    leaf = issue_leaf(ISSUING, host, NOW)
+    assert oracle.openssl_refusal(leaf, ROOT.certificate, at=NOW, folder=tmp_path) == ""
 
 
 @pytest.mark.client
-def test_java_accepts_every_kind_of_host(gate: Gate, tmp_path: Path) -> None:
-    (tmp_path / "Probe.java").write_text(JAVA_PROBE)
-    store = jks.truststore([gate.authority.roots[0].certificate.public_bytes(Encoding.DER)])
-    (tmp_path / "trust.jks").write_bytes(store)
-    program("javac")  # a source file is launched by compiling it
-    hosts = [str(row.values[0]) for row in HOSTS]
-    command = [program("java"), "-Djavax.net.ssl.trustStore=trust.jks", "Probe.java", str(gate.port), *hosts]
-    outcome = run(command, {}, tmp_path)
-    assert outcome.said.count("trusted") == len(hosts), outcome.said
-
-
-JAVA_PROBE = """
-import java.net.Socket; import javax.net.ssl.*;
-class Probe { public static void main(String[] a) throws Exception {
-  var factory = (SSLSocketFactory) SSLSocketFactory.getDefault();
-  for (int i = 1; i < a.length; i++) {
-    var plain = new Socket("127.0.0.1", Integer.parseInt(a[0]));
-    try (var tls = (SSLSocket) factory.createSocket(plain, a[i], 443, true)) {
-      var parameters = tls.getSSLParameters();
-      parameters.setEndpointIdentificationAlgorithm("HTTPS");
-      tls.setSSLParameters(parameters);
-      tls.getOutputStream().write("GET / HTTP/1.1\\r\\n\\r\\n".getBytes());
-      System.out.println(new String(tls.getInputStream().readAllBytes()));
-    }
-  }
-}}
-"""
-
-
-@pytest.mark.client
-@pytest.mark.parametrize("host", HOSTS)
-def test_git_accepts(host: str, gate: Gate, tmp_path: Path) -> None:
-    resolve = ["-c", f"http.curloptResolve={host}:{gate.port}:127.0.0.1", "-c", f"http.sslCAInfo={gate.ca}"]
-    command = [program("git"), *resolve, "ls-remote", f"https://{host}:{gate.port}/"]
-    outcome = run(command, {}, tmp_path, trusted=lambda said: "not found" in said)  # the 404 that follows TLS
-    assert outcome.trusted, outcome.said
+def test_openssl_verifies_every_kind_of_chain(both: tuple[Root, Issuing], rsa_key: CaKey, tmp_path: Path) -> None:
+    limited = create_issuing(ROOT, NOW, name="Example Corp", permitted=["a.example"])
+    crossed = Issuing(ISSUING.certificate, ISSUING.key, (ISSUING.certificate, cross_sign(ROOT, OLD, NOW)))
+    p384 = create_issuing(ROOT, NOW, name="Example Corp", key=ec.generate_private_key(ec.SECP384R1()))
+    for root, issuing, key in [
+        (both[0], both[1], rsa_key),
+        (ROOT, ISSUING, rsa_key),
+        (ROOT, limited, None),
+        (ROOT, crossed, None),
+        (OLD, crossed, None),
+        (ROOT, p384, create_key(KeyKind.EC_P256)),
+    ]:
+        leaf = issue_leaf(issuing, "x.a.example", NOW, key)
+        assert oracle.openssl_refusal(leaf, root.certificate, at=NOW, folder=tmp_path) == ""
+    assert "unable to get" in oracle.openssl_refusal(leaf, OLD.certificate, at=NOW, folder=tmp_path)

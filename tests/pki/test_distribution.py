@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import shlex
+import stat
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pki.distribution import (
     ADDING,
     CONSTANT,
     JAVA,
+    PHP_SCAN,
     REPLACING,
     MalformedBundle,
     UnusableDirectory,
@@ -22,13 +24,14 @@ from pki.distribution import (
     shell_script,
     trust_files,
 )
-from pki.trust import TrustError, public_roots, system_bundle_path, write_trust
+from pki.trust import MAX_BUNDLE, TrustError, public_roots, system_bundle_path, write_trust
 from tests.pki.clients import PYTHON, Outcome, program, run, serving
 
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
 OURS = certificates_pem(create_authority(NOW).roots[0].certificate)
 OTHER = certificates_pem(create_authority(NOW).roots[0].certificate)
 DIRECTORY = "/etc/outgate/trust"
+HOSTILE = '/it\'s a "trust" directory/$(touch owned)`x`;*'
 OPTIONS = (
     f"-Djavax.net.ssl.trustStore={DIRECTORY}/truststore.jks "
     "-Djavax.net.ssl.trustStoreType=jks -Djavax.net.ssl.trustStorePassword=changeit"
@@ -40,7 +43,7 @@ OPTIONS = (
 
 def test_a_trust_directory_holds_ours_alone_and_ours_with_the_public_roots() -> None:
     files = trust_files(DIRECTORY, OURS, OTHER)
-    assert list(files) == ["ca.crt", "bundle.pem", "truststore.jks", "wgetrc", "env.sh", "manifest.json"]
+    assert list(files) == ["ca.crt", "bundle.pem", "truststore.jks", "wgetrc", "outgate.ini", "env.sh", "manifest.json"]
     assert files["ca.crt"] == OURS
     assert files["bundle.pem"] == OURS + OTHER
     assert files["wgetrc"] == b"ca_certificate = /etc/outgate/trust/bundle.pem\n"
@@ -72,6 +75,12 @@ def test_a_public_root_that_a_strict_parser_refuses_is_carried_all_the_same() ->
     assert trust_files(DIRECTORY, OURS, negative_serial)["bundle.pem"] == OURS + negative_serial
 
 
+def test_a_root_with_trust_settings_is_left_behind_for_they_may_say_distrust() -> None:
+    settings = OTHER.replace(b"CERTIFICATE", b"TRUSTED CERTIFICATE")
+    assert trust_files(DIRECTORY, OURS, settings + OTHER)["bundle.pem"] == OURS + OTHER
+    assert trust_files(DIRECTORY, OURS, settings)["bundle.pem"] == OURS
+
+
 def test_no_public_roots_leave_ours_alone() -> None:
     assert trust_files(DIRECTORY, OURS, b"")["bundle.pem"] == OURS
 
@@ -99,7 +108,7 @@ def test_a_broken_bundle_is_refused(roots: bytes, public: bytes, message: str) -
         trust_files(DIRECTORY, roots, public)
 
 
-@pytest.mark.parametrize("directory", ["trust", "", "/a\nb", "/a\0b", "/a\udcff"])
+@pytest.mark.parametrize("directory", ["trust", "", "/a\nb", "/a\0b", "/a\udcff", "/a:b"])
 def test_a_directory_that_variables_cannot_carry_is_refused(directory: str) -> None:
     with pytest.raises(UnusableDirectory):
         trust_files(directory, OURS, OTHER)
@@ -120,7 +129,12 @@ def test_replacing_variables_name_the_bundle_and_adding_ones_our_root() -> None:
 
 
 def test_inside_run_existing_values_are_replaced_and_reported() -> None:
-    existing = {"SSL_CERT_FILE": "/corp.pem", "SSL_CERT_DIR": "/etc/ssl/certs", "PATH": "/bin", "UV_NATIVE_TLS": "1"}
+    existing = {
+        "SSL_CERT_FILE": "/corp.pem",
+        "SSL_CERT_DIR": "/etc/ssl/certs",
+        "PATH": "/bin",
+        "NODE_USE_SYSTEM_CA": "1",
+    }
     found = environment(DIRECTORY, existing)
     assert found.replaced == ("SSL_CERT_FILE", "SSL_CERT_DIR")
     assert found.removed == ("SSL_CERT_DIR",)
@@ -142,7 +156,7 @@ def test_kept_values_are_never_touched_and_are_reported() -> None:
         "SSL_CERT_FILE": "/corp.pem",
         "SSL_CERT_DIR": "/certs",
         "NPM_CONFIG_CAFILE": "/npm.pem",
-        "UV_NATIVE_TLS": "1",
+        "NODE_USE_SYSTEM_CA": "1",
     }
     found = environment(DIRECTORY, existing, keep_existing=True)
     assert set(found.kept) == {"SSL_CERT_FILE", "SSL_CERT_DIR", "NPM_CONFIG_CAFILE"}
@@ -154,7 +168,8 @@ def test_kept_values_are_never_touched_and_are_reported() -> None:
 
 @pytest.mark.parametrize("keep_existing", [False, True])
 def test_applied_to_its_own_result_nothing_changes(keep_existing: bool) -> None:
-    once = environment(DIRECTORY, {JAVA: "-Xmx1g"}, keep_existing=keep_existing).over({JAVA: "-Xmx1g"})
+    existing = {JAVA: "-Xmx1g", PHP_SCAN: "/etc/php"}
+    once = environment(DIRECTORY, existing, keep_existing=keep_existing).over(existing)
     found = environment(DIRECTORY, once, keep_existing=keep_existing)
     assert (found.over(once), found.replaced, found.kept) == (once, (), ())
 
@@ -177,6 +192,19 @@ JAVA_ROWS = [
         id="a store in the stronger variable",
     ),
     pytest.param({"JDK_JAVA_OPTIONS": "-Xmx1g"}, False, {JAVA: OPTIONS}, id="a stronger variable about other things"),
+    pytest.param({JAVA: f"{OPTIONS} -Xmx1g"}, False, {JAVA: f"-Xmx1g {OPTIONS}"}, id="others came after ours"),
+    pytest.param({JAVA: f"{OPTIONS} -Xmx1g"}, True, {JAVA: f"-Xmx1g {OPTIONS}"}, id="kept, others came after ours"),
+    pytest.param({JAVA: f"{OPTIONS} {OPTIONS}"}, False, {JAVA: OPTIONS}, id="doubled by somebody"),
+    pytest.param(
+        {JAVA: f"{OPTIONS} -Djavax.net.ssl.trustStore=/corp.jks"},
+        False,
+        {JAVA: f"-Djavax.net.ssl.trustStore=/corp.jks {OPTIONS}"},
+        id="another store after ours",
+    ),
+    pytest.param({JAVA: f"{OPTIONS} -Djavax.net.ssl.trustStore=/corp.jks"}, True, {}, id="another after ours is kept"),
+    pytest.param(
+        {JAVA: """-Da="b  c" -De='"'"""}, False, {JAVA: f"""-Da="b  c" -De='"' {OPTIONS}"""}, id="quotes stay"
+    ),
 ]
 
 
@@ -186,23 +214,50 @@ def test_java_options_are_merged(existing: dict[str, str], keep_existing: bool, 
     assert {name: value for name, value in variables.items() if "JAVA" in name} == expected
 
 
-# env.sh, in a real shell
-
-
 @pytest.mark.parametrize(
-    "directory", [DIRECTORY, '/it\'s a "trust" directory/$(touch owned)`x`;*'], ids=["plain", "hostile"]
+    ("existing", "expected"),
+    [
+        pytest.param({}, f":{DIRECTORY}", id="none: those it was built with, and ours"),
+        pytest.param({PHP_SCAN: "/etc/php"}, f"/etc/php:{DIRECTORY}", id="another"),
+        pytest.param({PHP_SCAN: ""}, DIRECTORY, id="none was wanted"),
+        pytest.param({PHP_SCAN: f"{DIRECTORY}:/etc/php"}, f"{DIRECTORY}:/etc/php", id="ours already"),
+        pytest.param({PHP_SCAN: f"{DIRECTORY}/d"}, f"{DIRECTORY}/d:{DIRECTORY}", id="below ours"),
+    ],
 )
-@pytest.mark.parametrize("java", ["", "-Xmx1g '-Da=b c'"], ids=["no java options", "java options"])
-def test_sourcing_env_sh_gives_the_same_environment(directory: str, java: str, tmp_path: Path) -> None:
-    existing = {"SSL_CERT_DIR": "/etc/ssl/certs", "SSL_CERT_FILE": "/corp.pem"} | ({JAVA: java} if java else {})
+@pytest.mark.parametrize("keep_existing", [False, True])
+def test_php_scans_our_directory_too(existing: dict[str, str], expected: str, keep_existing: bool) -> None:
+    found = environment(DIRECTORY, existing, keep_existing=keep_existing)
+    assert found.variables[PHP_SCAN] == expected
+    assert PHP_SCAN not in (*found.replaced, *found.kept)
+
+
+# env.sh, in real shells
+
+EXISTING = [
+    pytest.param({}, id="nothing"),
+    pytest.param({JAVA: "-Xmx1g '-Da=b c'", PHP_SCAN: "/etc/php"}, id="java options"),
+    pytest.param({JAVA: f"-Xmx1g {OPTIONS} -Xms1g", PHP_SCAN: ""}, id="java options around ours"),
+    pytest.param({JAVA: "*", PHP_SCAN: f"{DIRECTORY}:/etc/php"}, id="a star, and ours"),
+]
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+@pytest.mark.parametrize("directory", [DIRECTORY, HOSTILE], ids=["plain", "hostile"])
+@pytest.mark.parametrize("existing", EXISTING)
+def test_sourcing_env_sh_gives_the_same_environment(
+    shell: str, directory: str, existing: dict[str, str], tmp_path: Path
+) -> None:
+    existing = {"SSL_CERT_DIR": "/etc/ssl/certs", "SSL_CERT_FILE": "/corp.pem"} | existing
     (tmp_path / "env.sh").write_text(shell_script(directory))
     show = shlex.join([PYTHON, "-c", "import os, json; print(json.dumps(dict(os.environ)))"])
     script = f". ./env.sh && . ./env.sh && exec {show}"
-    done = subprocess.run(["/bin/sh", "-euc", script], env=existing, cwd=tmp_path, capture_output=True, check=True)
+    done = subprocess.run([program(shell), "-euc", script], env=existing, cwd=tmp_path, capture_output=True, check=True)
     sourced = json.loads(done.stdout)
     for noise in ("PWD", "OLDPWD", "_", "SHLVL", "LC_CTYPE"):
         sourced.pop(noise, None)
-    assert sourced == environment(directory, existing).over(existing)
+    expected = environment(directory, existing).over(existing)
+    assert sourced.pop(JAVA).split() == expected.pop(JAVA).split()
+    assert sourced == expected
     assert os.listdir(tmp_path) == ["env.sh"]
 
 
@@ -233,6 +288,95 @@ def test_a_trust_directory_that_cannot_be_written_names_the_repair(tmp_path: Pat
         write_trust(tmp_path / "file" / "trust", {"ca.crt": OURS})
 
 
+def test_a_new_trust_directory_can_be_entered_by_every_user_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        write_trust(tmp_path / "trust", {"ca.crt": OURS})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "trust").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_trust_directory_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "trust").symlink_to("real")
+    write_trust(tmp_path / "trust", {"ca.crt": OURS})
+    assert (tmp_path / "real" / "ca.crt").read_bytes() == OURS
+
+
+def in_its_place_a_link(path: Path) -> None:
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def in_its_place_a_link_to_the_same(path: Path) -> None:
+    path.with_name("elsewhere").write_bytes(OURS)
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def in_its_place_an_endless_file(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def in_its_place_a_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def in_its_place_a_secret(path: Path) -> None:
+    path.write_bytes(OURS)
+    path.chmod(0o600)
+
+
+def in_its_place_what_others_may_write(path: Path) -> None:
+    path.write_bytes(OURS)
+    path.chmod(0o666)
+
+
+PLANTED = [
+    pytest.param(plant, id=plant.__name__.removeprefix("in_its_place_"))
+    for plant in (
+        in_its_place_a_link,
+        in_its_place_a_link_to_the_same,
+        in_its_place_an_endless_file,
+        in_its_place_a_pipe,
+        in_its_place_a_secret,
+        in_its_place_what_others_may_write,
+    )
+]
+
+
+@pytest.mark.parametrize("plant", PLANTED)
+def test_what_was_planted_in_a_trust_directory_gives_way_and_is_not_followed(
+    plant: Callable[[Path], None], tmp_path: Path
+) -> None:
+    plant(tmp_path / "ca.crt")
+    assert write_trust(tmp_path, {"ca.crt": OURS}) == ("ca.crt",)
+    found = (tmp_path / "ca.crt").lstat()
+    assert (stat.S_ISREG(found.st_mode), stat.S_IMODE(found.st_mode)) == (True, 0o644)
+    assert (tmp_path / "ca.crt").read_bytes() == OURS
+    if (tmp_path / "elsewhere").exists():
+        assert (tmp_path / "elsewhere").read_bytes() == OURS
+
+
+@pytest.mark.kernel
+def test_a_full_disk_leaves_whole_files_and_one_line(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root mounts a small disk")
+    script = (
+        "import sys; from pathlib import Path; from pki.trust import TrustError, write_trust\n"
+        "small = Path(sys.argv[1]); write_trust(small, {'ca.crt': b'old'})\n"
+        "try: write_trust(small, {'ca.crt': b'new', 'bundle.pem': bytes(1 << 20)})\n"
+        "except TrustError as error: print(error)\n"
+        "print(sorted(path.name for path in small.iterdir()), (small / 'ca.crt').read_text())\n"
+    )
+    small = tmp_path / "small"
+    small.mkdir()
+    inside = 'mount -t tmpfs -o size=64k tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", inside, "sh", str(small), PYTHON, script], capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == [f"{small}: No space left on device; make room there", "['ca.crt'] new"], done
+
+
 def test_the_first_bundle_that_exists_is_the_systems(tmp_path: Path) -> None:
     (tmp_path / "second.pem").write_bytes(OTHER)
     (tmp_path / "third.pem").write_bytes(OTHER)
@@ -243,8 +387,43 @@ def test_the_first_bundle_that_exists_is_the_systems(tmp_path: Path) -> None:
 def test_public_roots_are_those_the_program_trusts_today(tmp_path: Path) -> None:
     (tmp_path / "corp.pem").write_bytes(OTHER)
     assert public_roots({"SSL_CERT_FILE": str(tmp_path / "corp.pem")}) == OTHER
-    with pytest.raises(TrustError, match=r"gone\.pem \(from SSL_CERT_FILE\): No such file"):
+    with pytest.raises(TrustError, match=r"gone\.pem: No such file .*; name a readable PEM bundle in SSL_CERT_FILE"):
         public_roots({"SSL_CERT_FILE": str(tmp_path / "gone.pem")})
+
+
+def test_the_bundle_that_is_to_be_written_is_no_choice_of_public_roots(tmp_path: Path) -> None:
+    system = system_bundle_path()
+    if system is None:
+        pytest.skip("this machine has no bundle of public roots")
+    write_trust(tmp_path / "trust", trust_files(DIRECTORY, OURS, OTHER))
+    (tmp_path / "link").symlink_to("trust")
+    sourced = {"SSL_CERT_FILE": str(tmp_path / "link" / "bundle.pem")}
+    assert public_roots(sourced, tmp_path / "trust") == system.read_bytes()
+    assert public_roots(sourced, tmp_path / "another") == OURS + OTHER
+
+
+UNUSABLE = [
+    pytest.param(bytes(range(256)) * 4096, "no CERTIFICATE in it", id="binary"),
+    pytest.param(b"", "no CERTIFICATE in it", id="empty"),
+    pytest.param(b"# roots\r\n", "no CERTIFICATE in it", id="comments alone"),
+    pytest.param(OTHER.replace(b"CERT", b"TRUSTED CERT"), "no CERTIFICATE in it", id="trust settings alone"),
+    pytest.param(OTHER[:300], "a certificate has no end", id="cut off"),
+    pytest.param(OTHER * (MAX_BUNDLE // len(OTHER) + 1), "File too large", id="huge"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), UNUSABLE)
+def test_a_choice_that_holds_no_roots_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "corp.pem").write_bytes(content)
+    with pytest.raises(TrustError, match=rf"corp\.pem: {message}; name a readable PEM bundle in SSL_CERT_FILE"):
+        public_roots({"SSL_CERT_FILE": str(tmp_path / "corp.pem")})
+
+
+def test_a_choice_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(TrustError, match=r"not a file|Is a directory"):
+            public_roots({"SSL_CERT_FILE": str(path)})
 
 
 def test_public_roots_without_a_choice_are_the_systems() -> None:
@@ -274,7 +453,7 @@ def gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gate]:
     system = system_bundle_path()
     public = system.read_bytes() if system else b""
     write_trust(directory, trust_files(str(directory), certificates_pem(authority.roots[0].certificate), public))
-    with serving(authority.issuing) as port:
+    with serving(authority.issuer) as port:
         yield Gate(port, str(directory))
 
 
@@ -305,6 +484,26 @@ def node_fetch(gate: Gate, variables: Mapping[str, str], home: Path) -> Outcome:
 def npm(gate: Gate, variables: Mapping[str, str], home: Path) -> Outcome:
     command = [program("npm"), "ping", "--fetch-retries=0", f"--registry={gate.url}"]
     return run(command, variables, home, trusted=lambda said: "PONG" in said)
+
+
+def uv(gate: Gate, variables: Mapping[str, str], home: Path) -> Outcome:
+    # Past TLS the answer is no index, and it says so.
+    command = [program("uv"), "pip", "install", "--no-cache", "--target", "t", "--index-url", gate.url, "nothing"]
+    return run(command, variables, home, trusted=lambda said: "Content-Type" in said)
+
+
+def php_curl(gate: Gate, variables: Mapping[str, str], home: Path) -> Outcome:
+    script = (
+        "$c = curl_init($argv[1]); curl_setopt($c, CURLOPT_RETURNTRANSFER, 1); echo curl_exec($c) ?: curl_error($c);"
+    )
+    has_curl = run([program("php"), "-m"], {}, home, trusted=lambda said: "\ncurl\n" in said)
+    if not has_curl.trusted:
+        pytest.skip("PHP here has no curl")
+    return run([program("php"), "-r", script, gate.url], variables, home)
+
+
+def php_streams(gate: Gate, variables: Mapping[str, str], home: Path) -> Outcome:
+    return run([program("php"), "-r", "echo file_get_contents($argv[1]);", gate.url], variables, home)
 
 
 def java(gate: Gate, variables: Mapping[str, str], home: Path) -> Outcome:
@@ -341,7 +540,21 @@ def python_aiohttp(gate: Gate, variables: Mapping[str, str], home: Path) -> Outc
 type Client = Callable[[Gate, Mapping[str, str], Path], Outcome]
 CLIENTS = [
     pytest.param(client, id=client.__name__)
-    for client in (curl, wget, openssl, git, node_fetch, npm, java, python_urllib, python_requests, python_aiohttp)
+    for client in (
+        curl,
+        wget,
+        openssl,
+        git,
+        node_fetch,
+        npm,
+        uv,
+        php_curl,
+        php_streams,
+        java,
+        python_urllib,
+        python_requests,
+        python_aiohttp,
+    )
 ]
 
 
@@ -355,6 +568,7 @@ ELSEWHERE = {
     "NODE_EXTRA_CA_CERTS": "other.pem",
     "NPM_CONFIG_CAFILE": "other.pem",
     "WGETRC": "other.rc",
+    "PHP_INI_SCAN_DIR": ":.",  # beside the directory that has the extensions
     "JAVA_TOOL_OPTIONS": "-Djavax.net.ssl.trustStore=other.jks -Djavax.net.ssl.trustStoreType=pkcs12",
     "JDK_JAVA_OPTIONS": "-Djavax.net.ssl.trustStore=other.jks",
 }
@@ -368,6 +582,7 @@ def test_a_client_with_the_variables_trusts_the_gate(
 ) -> None:
     (tmp_path / "other.pem").write_bytes(OTHER)
     (tmp_path / "other.rc").write_text("ca_certificate = other.pem\n")
+    (tmp_path / "other.ini").write_text('curl.cainfo = "other.pem"\nopenssl.cafile = "other.pem"\n')
     outcome = client(gate, environment(gate.directory, existing).over(existing), tmp_path)
     assert outcome.trusted, outcome.said
 

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, Self
 
 import trustme
 
-from pki.authority import Authority, certificates_pem, create_authority, key_pem
+from pki.authority import Authority, certificates_pem, create_authority
+from pki.issuers import issuers_text
 from policies.hostnames import parse_hostname
 from policies.load import Source
 from proxy.compiled import write_policy
@@ -212,7 +213,7 @@ class Rig:
     def configuration(self) -> Configuration:
         port = self.upstream_port or self.origin.port
         return Configuration(
-            issuing=(certificates_pem(*self.authority.issuing.chain) + key_pem(self.authority.issuing.key)).decode(),
+            issuing=issuers_text(self.authority.issuers),
             workload=self.workload,
             upstream_ca=str(self.directory / "origin-ca.pem"),
             hosts=tuple(

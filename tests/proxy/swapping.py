@@ -14,7 +14,8 @@ from typing import Self
 
 import trustme
 
-from pki.authority import Authority, certificates_pem, create_authority, key_pem
+from pki.authority import Authority, certificates_pem, create_authority
+from pki.issuers import issuers_text
 from policies.hostnames import Hostname
 from policies.index import Policy
 from policies.tree import Source
@@ -78,7 +79,7 @@ class Serving:
     def _make(self) -> Gate:
         policy = policy_of(self.policy)
         entry = HostsEntry((ip_address("127.0.0.1"),), self.origin.port)
-        issuing = (certificates_pem(*self.authority.issuing.chain) + key_pem(self.authority.issuing.key)).decode()
+        issuing = issuers_text(self.authority.issuers)
         settings = Settings(
             issuing=lambda: issuing,
             compiled=write_policy(policy) if self.is_compiled else None,
@@ -105,6 +106,12 @@ class Serving:
         policy = policy_of(text)
         self.run(self.gate.swap(write_policy(policy)))
         return policy.generation
+
+    def sign_by(self, authority: Authority) -> None:
+        """Have the gate show leaves of another authority; clients trust its roots as well."""
+        with self._roots.open("ab") as roots:
+            roots.write(certificates_pem(*authority.trusted))
+        self.loop.call(lambda: self.gate.sign_by(issuers_text(authority.issuers)))
 
     @property
     def inspector(self) -> int:

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 import pytest
 
 from pki.authority import create_authority
-from pki.leaves import tls_leaves
+from pki.leaves import Leaves
 from policies.hostnames import Hostname
 from proxy.limits import Limits
 from proxy.lookups import Lookups
@@ -120,7 +120,7 @@ def test_a_leaf_that_is_not_valid_by_the_new_clock_is_minted_again(step: timedel
     """Clients refuse a leaf of the future; one of an hour ago is backdated enough."""
     clock = Clock(LAST_DAY)
     authority = create_authority(LAST_DAY - YEAR / 2)
-    leaves = tls_leaves(authority.issuing, lambda: clock.now)
+    leaves = Leaves([authority.issuer], lambda: clock.now)
     before = leaves.context(NAME)
     clock.now += step
     assert (leaves.cached(NAME) is None) is is_another

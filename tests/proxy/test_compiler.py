@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pki.authority import KeyKind, create_key, key_pem
+from pki.rotation import stage_root
+from pki.store import changing
 from policies.engine import decide
 from policies.hostnames import Hostname
 from policies.model import Attempt, Reason, Stage
@@ -18,7 +25,7 @@ from proxy import own_code
 from proxy.compiled import read_policy
 from proxy.options import Misused, Unready
 from proxy.service.compiler import MAX_LINES, Report, Request, compile_policy
-from tests.proxy.commands_of import invoke
+from tests.proxy.rotating import key_of, new_store, renew_issuing
 
 HEAD = "version: 1\nworkloads:\n  app:\n    rules:\n"
 RULE = "      - host: api.example\n"
@@ -144,16 +151,137 @@ def test_a_thousand_problems_are_some_and_how_many_more(tmp_path: Path) -> None:
     assert lines[-1].startswith("… and ")
 
 
-def test_the_authority_comes_with_the_first_policy_that_inspects_and_is_read_once(tmp_path: Path) -> None:
-    invoke("pki", "init", "--pki", str(tmp_path / "pki"))
-    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=str(tmp_path / "pki"))
-    first, _ = compiled(request)
-    later, _ = compiled(replace(request, has_issuing=True, pki="gone"))
+# --- the issuing CAs that come with it -----------------------------------------------------------------------------
 
-    assert first.issuing
-    assert "PRIVATE KEY" in first.issuing
+
+def reloaded(request: Request, before: Report) -> tuple[Report, bool]:
+    """As the next reload finds it, under what `before` reported."""
+    assert before.issuers
+    return compiled(replace(request, known=before.generation, issuers=before.issuers.public))
+
+
+def test_the_authority_is_read_with_every_policy_and_told_where_it_is_another(tmp_path: Path) -> None:
+    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=new_store(tmp_path))
+    first, _ = compiled(request)
+    same, _ = reloaded(request, first)
+    renew_issuing(tmp_path / "pki")
+    later, has_policy = reloaded(request, first)
+
+    assert first.issuers
+    assert "PRIVATE KEY" in first.issuers.text
     assert "PRIVATE KEY" not in repr(first)
-    assert (later.inspects, later.issuing) == (True, None)
+    assert same.issuers is None
+    assert later.issuers
+    assert later.issuers.digest != first.issuers.digest
+    assert (later.generation, has_policy, later.fault) == (first.generation, False, "")
+
+
+def test_a_staged_root_changes_what_is_sent_and_so_the_issuers(tmp_path: Path) -> None:
+    """Its cross certificate is for clients that trust the next root alone."""
+    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=new_store(tmp_path))
+    first, _ = compiled(request)
+    with changing(tmp_path / "pki") as change:
+        change.authority = stage_root(change.authority, datetime.now(UTC))
+    later, _ = reloaded(request, first)
+
+    assert first.issuers
+    assert later.issuers
+    assert later.issuers.ids == first.issuers.ids
+    assert later.issuers.text.count("BEGIN CERTIFICATE") > first.issuers.text.count("BEGIN CERTIFICATE")
+
+
+def test_the_request_holds_no_key(tmp_path: Path) -> None:
+    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=new_store(tmp_path))
+    first, _ = compiled(request)
+    assert first.issuers
+    assert "KEY" not in str(asdict(replace(request, issuers=first.issuers.public)))
+
+
+def test_new_issuing_cas_do_not_wait_for_a_policy_that_loads(tmp_path: Path) -> None:
+    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=new_store(tmp_path))
+    first, _ = compiled(request)
+    renew_issuing(tmp_path / "pki")
+    write(tmp_path, "version: [1")
+    later, has_policy = reloaded(request, first)
+
+    assert later.issuers
+    assert "not YAML" in later.problems
+    assert (later.generation, has_policy) == (first.generation, False)
+
+
+# How a store becomes one that cannot be read, and what is said of it.
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "gone": (shutil.rmtree, r"state\.json"),
+    "a key that others read": (lambda store: key_of(store).chmod(0o644), r"ca\.key.*chmod"),
+    "half of a copy": (lambda store: key_of(store).unlink(), r"ca\.key"),
+    "another's key": (lambda store: key_of(store).write_bytes(key_pem(create_key(KeyKind.EC_P256))), r"not the key"),
+    "no state": (lambda store: (store / "state.json").write_text("{}"), r"state\.json"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_store_that_cannot_be_read_holds_no_policy_up(tmp_path: Path, case: str) -> None:
+    break_store, said = BROKEN[case]
+    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=new_store(tmp_path))
+    first, _ = compiled(request)
+    break_store(tmp_path / "pki")
+    write(tmp_path, HEAD + INSPECTED + RULE.replace("api", "other"))
+    later, has_policy = reloaded(request, first)
+
+    assert has_policy
+    assert later.issuers is None
+    assert re.search(said, later.fault), later.fault
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_no_gate_starts_on_a_store_that_cannot_be_read(tmp_path: Path, case: str) -> None:
+    """Also where nothing is inspected yet: the next policy may."""
+    break_store, said = BROKEN[case]
+    request = Request(paths=(write(tmp_path, HEAD + RULE),), pki=new_store(tmp_path))
+    break_store(tmp_path / "pki")
+    with pytest.raises(Unready, match=said):
+        compiled(request)
+
+
+LEFT_OUT = r'policy\.yaml:5:.* "api\.example" is inspected, and the constraints .* outgate pki rotate issuing'
+
+
+def test_no_gate_starts_whose_leaves_no_client_would_accept(tmp_path: Path) -> None:
+    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=new_store(tmp_path, "other.example"))
+    with pytest.raises(Unready, match=LEFT_OUT):
+        compiled(request)
+
+
+def test_a_policy_whose_names_the_issuing_ca_may_not_sign_is_refused(tmp_path: Path) -> None:
+    request = Request(paths=(write(tmp_path, HEAD + RULE),), pki=new_store(tmp_path, "other.example"))
+    first, _ = compiled(request)
+    write(tmp_path, HEAD + INSPECTED)
+    with pytest.raises(Unready, match=LEFT_OUT):
+        reloaded(request, first)
+
+
+def test_an_issuing_ca_that_may_not_sign_for_the_policy_is_refused(tmp_path: Path) -> None:
+    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=new_store(tmp_path))
+    first, _ = compiled(request)
+    renew_issuing(tmp_path / "pki", permitted=["other.example"])
+    later, _ = reloaded(request, first)
+    assert later.issuers is None
+    assert re.search(LEFT_OUT, later.fault)
+
+    write(tmp_path, HEAD + RULE)
+    both, has_policy = reloaded(request, first)
+    assert has_policy
+    assert both.issuers
+    assert both.issuers.constraints == (("other.example",),)
+
+
+def test_an_issuing_ca_that_may_sign_less_waits_for_a_policy_that_loads(tmp_path: Path) -> None:
+    request = Request(paths=(write(tmp_path, HEAD + INSPECTED),), pki=new_store(tmp_path))
+    first, _ = compiled(request)
+    renew_issuing(tmp_path / "pki", permitted=["api.example"])
+    write(tmp_path, "version: [1")
+    with pytest.raises(Unready, match="not YAML"):
+        reloaded(request, first)
 
 
 # What runs instead of the compiler, and what is said of it.

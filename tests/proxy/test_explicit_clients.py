@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from pki.authority import certificates_pem, create_authority, key_pem
+from pki.authority import certificates_pem, create_authority
+from pki.issuers import issuers_text
 from policies.hostnames import Hostname
 from policies.tree import Source
 from proxy.explicit.credentials import hash_password, store_credential
@@ -62,7 +63,7 @@ class World:
         roots = certificates_pem(*(root.certificate for root in ours.roots))
         self.roots.write_bytes(roots + (directory / "origins.pem").read_bytes())
         store_credential(directory / "users", "build", hash_password(PASSWORD))
-        issuing = (certificates_pem(*ours.issuing.chain) + key_pem(ours.issuing.key)).decode()
+        issuing = issuers_text(ours.issuers)
         entries = {"one": self.plain, "two": self.plain, "carried": self.tls, "inspected": self.tls}
         settings = Settings(
             issuing=lambda: issuing,

@@ -603,7 +603,7 @@ def test_a_name_that_no_leaf_can_be_made_for_fails_closed(tmp_path: Path) -> Non
         with pytest.raises(OSError, match=r".*"):
             rig.connect()
         assert reasons(rig) == ["gate_failed"]
-        assert [type(error).__name__ for error in rig.failures] == ["AuthorityError"]
+        assert [type(error).__name__ for error in rig.failures] == ["NoLeaf"]
 
 
 # --- our own failures

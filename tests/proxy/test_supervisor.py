@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pki.authority import YEAR
 from proxy.config import Config, GateMode, OnLogFailure
 from proxy.options import Unready
 from proxy.service import reloading
@@ -24,6 +26,7 @@ from proxy.service.compiler import compile_policy
 from proxy.service.doors import OpenDoor, open_doors
 from proxy.service.status import ReloadOutcome, ReloadResult
 from proxy.service.supervisor import Supervisor
+from proxy.service.watch import Watch
 from proxy.worker import host
 from proxy.worker.messages import (
     Answer,
@@ -38,12 +41,15 @@ from proxy.worker.messages import (
     Refused,
     Reopen,
     Said,
+    Sign,
+    Signing,
     Told,
     from_bytes,
     to_bytes,
 )
 from tests.end_to_end.service import ask_for, children
 from tests.proxy.commands_of import invoke
+from tests.proxy.rotating import new_store, renew_issuing
 
 WAIT_S = 20.0  # generous: others load the machine
 POLICY = "version: 1\nworkloads:\n  app:\n    rules:\n      - host: api.example\n"
@@ -271,7 +277,7 @@ def test_a_worker_that_does_not_take_the_new_policy_over_turns_readiness_red_whe
             await until(lambda: len(it.ready()) == 1, "the other took it over, late or not")
             [because] = it.ready()
             assert because.endswith("judges by an older policy")
-            assert because.replace("judges by an older policy", "does not judge by it yet") in result.problems
+            assert because.replace("judges by an older policy", "does not go by it yet") in result.problems
             os.kill(worker, signal.SIGCONT)
             await until(lambda: it.ready() == [], "it took it over")
 
@@ -367,6 +373,82 @@ def test_who_asked_and_went_away_stops_no_reload(config: Config) -> None:
     run(test)
 
 
+# --- issuing CAs ------------------------------------------------------------------------------------------------------
+
+
+def test_an_issuing_ca_at_its_end_is_told_of_every_day(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(supervising, "REMIND_S", 0.02)
+    monkeypatch.setattr(supervising, "DAY_S", 0.1)
+    config = replace(config, pki=new_store(tmp_path, now=datetime.now(UTC) - 0.9 * YEAR))
+    said = ""
+
+    def reminded() -> int:
+        nonlocal said
+        said += capsys.readouterr().err
+        return said.count("the issuing CA expires on")
+
+    async def test() -> None:
+        async with supervised(config) as (it, _):
+            await until(lambda: reminded() > 2, "the third day")
+            renew_issuing(tmp_path / "pki")
+            await it.reload()
+            reminded()
+            before = said
+            await asyncio.sleep(0.3)
+            assert reminded() == before.count("the issuing CA expires on")
+
+    run(test)
+
+
+def test_a_store_that_can_be_read_again_is_read_although_no_file_has_changed(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a token was away."""
+
+    async def never(_watch: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Watch, "changed", never)
+    monkeypatch.setattr(supervising, "REMIND_S", 0.1)
+    config = replace(config, pki=new_store(tmp_path))
+
+    async def test() -> None:
+        async with supervised(config) as (it, _):
+            state = tmp_path / "pki" / "state.json"
+            text = state.read_text()
+            state.write_text("{}")
+            assert (await it.reload()).outcome is ReloadOutcome.REFUSED
+            assert it.notes() == ["the issuing CAs cannot be replaced by those of the store; the former stay in force"]
+            state.write_text(text)
+            await until(lambda: it.notes() == [], "it is read again")
+
+    run(test)
+
+
+def test_a_worker_that_does_not_take_the_new_issuing_ca_over_turns_readiness_red(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reloading, "SWAP_S", 0.5)
+    config = replace(config, pki=new_store(tmp_path))
+
+    async def test() -> None:
+        async with supervised(config) as (it, _):
+            (worker,) = workers()
+            os.kill(worker, signal.SIGSTOP)
+            renew_issuing(tmp_path / "pki")
+            result = await it.reload()
+            assert (result.outcome, result.problems) == (
+                ReloadOutcome.FAILED, ("worker 1 does not go by it yet",)
+            )  # fmt: skip
+            assert it.ready() == ["worker 1 signs by issuing CAs that were replaced"]
+            os.kill(worker, signal.SIGCONT)
+            await until(lambda: it.ready() == [], "it took it over")
+
+    run(test)
+
+
 # --- readiness --------------------------------------------------------------------------------------------------------
 
 
@@ -435,8 +517,9 @@ def ask(door: OpenDoor, target: str) -> int:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 MESSAGES: list[Told | Said] = [
-    LogTurns(), Configuration(), Door(is_proxy=True), Judge("0123456789ab", True, "PEM"), Question(), Reopen(),
-    Finish(1.5), Judging("0123456789ab"), Refused("0123456789ab", "why"), Failed("why"),
+    LogTurns(), Configuration(), Door(is_proxy=True), Judge("0123456789ab", True), Sign("abc", "PEM"),
+    Question(), Reopen(), Finish(1.5), Judging("0123456789ab"), Signing("abc"),
+    Refused("0123456789ab", "why"), Failed("why"),
     Answer(log_failing=True, inspector_failing=False, counted={"a": 1, "b": [1, 2]}),
 ]  # fmt: skip
 
@@ -447,7 +530,7 @@ def test_a_message_is_read_as_it_was_said(message: Told | Said) -> None:
 
 
 def test_the_key_of_the_authority_is_in_no_text() -> None:
-    assert "PEM" not in repr(Judge("0123456789ab", True, "PEM"))
+    assert "PEM" not in repr(Sign("abc", "PEM"))
 
 
 @given(st.binary() | st.sampled_from([b"{}", b'{"Door": {}}', b'{"Door": 1}', b'[["Door", {}]]', b'{"Exit": {}}']))
