@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 
 from cryptography import x509
@@ -50,34 +52,54 @@ def constraints_of(certificate: x509.Certificate) -> x509.NameConstraints | None
 def permitted_domains(certificate: x509.Certificate) -> tuple[str, ...] | None:
     """The domains that a CA's name constraints permit; None: it has none, or none that limit names."""
     constraints = constraints_of(certificate)
-    return tuple(_domains(constraints.permitted_subtrees)) or None if constraints else None
+    return tuple(_domains(constraints.permitted_subtrees or ())) or None if constraints else None
 
 
 def covers(certificate: x509.Certificate, host: str) -> bool:
     """Whether this CA's constraints let clients accept a leaf for `host`: a name in normal form, or an address."""
-    constraints = constraints_of(certificate)
-    if constraints is None:
+    limits = _limits(certificate)
+    if limits is None:
         return True
-    permitted, excluded = constraints.permitted_subtrees, constraints.excluded_subtrees
     if (address := address_of(host)) is not None:
         # Networks of one version limit addresses of the other too: their kind of name is mentioned.
-        inside = not (networks := _networks(permitted)) or any(address in network for network in networks)
-        return inside and not any(address in network for network in _networks(excluded))
+        inside = not limits.networks or any(address in network for network in limits.networks)
+        return inside and not any(address in network for network in limits.no_networks)
     # "" is above every name. A domain written with a dot in front is not above itself (as OpenSSL and Go read it).
     above = {"", *_above(host), *(f".{domain}" for domain in _above(host)[1:])}
-    return (not (domains := _domains(permitted)) or not above.isdisjoint(domains)) and above.isdisjoint(
-        _domains(excluded)
-    )
+    inside = not limits.domains or not above.isdisjoint(limits.domains)
+    return inside and above.isdisjoint(limits.no_domains)
 
 
 def limits_subject(certificate: x509.Certificate, host: str) -> bool:
     """Whether the subject of a leaf for `host` may violate this CA's constraints. A leaf without one violates none."""
+    limits = _limits(certificate)
+    if limits is None:
+        return False
+    return limits.has_subjects or address_of(host) is not None  # OpenSSL holds such a common name against the domains
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    domains: frozenset[str]
+    no_domains: frozenset[str]
+    networks: tuple[IPv4Network | IPv6Network, ...]
+    no_networks: tuple[IPv4Network | IPv6Network, ...]
+    has_subjects: bool
+
+
+@lru_cache(maxsize=32)  # asked for every leaf, and there may be hundreds of domains
+def _limits(certificate: x509.Certificate) -> _Limits | None:
     constraints = constraints_of(certificate)
     if constraints is None:
-        return False
-    subtrees = [*(constraints.permitted_subtrees or ()), *(constraints.excluded_subtrees or ())]
-    # OpenSSL holds an address that is a common name against the domains.
-    return address_of(host) is not None or any(isinstance(name, x509.DirectoryName) for name in subtrees)
+        return None
+    permitted, excluded = constraints.permitted_subtrees or [], constraints.excluded_subtrees or []
+    return _Limits(
+        frozenset(_domains(permitted)),
+        frozenset(_domains(excluded)),
+        tuple(_networks(permitted)),
+        tuple(_networks(excluded)),
+        any(isinstance(name, x509.DirectoryName) for name in (*permitted, *excluded)),
+    )
 
 
 def _is_domain(text: str) -> bool:
@@ -93,10 +115,10 @@ def _above(host: str) -> list[str]:
     return [".".join(labels[depth:]) for depth in range(len(labels))]
 
 
-def _domains(subtrees: Sequence[x509.GeneralName] | None) -> list[str]:
-    return [name.value.lower() for name in subtrees or () if isinstance(name, x509.DNSName)]
+def _domains(subtrees: Sequence[x509.GeneralName]) -> list[str]:
+    return [name.value.lower() for name in subtrees if isinstance(name, x509.DNSName)]
 
 
-def _networks(subtrees: Sequence[x509.GeneralName] | None) -> list[IPv4Network | IPv6Network]:
-    values = (name.value for name in subtrees or () if isinstance(name, x509.IPAddress))
+def _networks(subtrees: Sequence[x509.GeneralName]) -> list[IPv4Network | IPv6Network]:
+    values = (name.value for name in subtrees if isinstance(name, x509.IPAddress))
     return [value for value in values if isinstance(value, IPv4Network | IPv6Network)]

@@ -144,6 +144,18 @@ def identifier_of(certificate: x509.Certificate) -> x509.SubjectKeyIdentifier:
         return x509.SubjectKeyIdentifier.from_public_key(certificate.public_key())
 
 
+def require_readable(certificate: x509.Certificate) -> None:
+    """Raises ValueError where a part of it cannot be parsed, for each is parsed only when it is asked for."""
+    try:
+        certificate.subject.rfc4514_string()
+        certificate.issuer, certificate.extensions, certificate.public_key()  # noqa: B018
+        certificate.not_valid_before_utc, certificate.not_valid_after_utc  # noqa: B018
+    except (
+        Exception
+    ) as error:  # whatever its parsers meet: ValueError, DuplicateExtension, UnsupportedAlgorithm, KeyError
+        raise ValueError(f"cannot be parsed: {error}") from error
+
+
 def path_length_of(certificate: x509.Certificate) -> int | None:
     """How many CAs may stand below this one; None: any number."""
     try:

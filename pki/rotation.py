@@ -168,6 +168,8 @@ def stage_foreign(
     issuing  its chain and `roots` may hold what goes with it in any order; what does not is left out
     cross    the present root signs the new one, if its key is here: clients that have only the present one find a path
 
+    An authority without roots needs none now: what its workloads trust is then seen to elsewhere.
+
     Raises AuthorityError where `issuing` is no CA for a gate, or its root is not to be found; NotNow where something
     is staged in its line already, or its root is retiring.
     """

@@ -96,7 +96,7 @@ async def connect(
         config = found.get(context)
         if config is None:  # lightkube allows for it in its types
             raise NoCluster("the kubeconfig names no context; name one with --context")
-        config = config._replace(user=config.user or User())
+        config = config._replace(user=_user(config.user))
         params = ConnectionParams(timeout=httpx2.Timeout(patience_s)).httpx_params(config)
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         client = httpx2.AsyncClient(**params, limits=limits)
@@ -108,6 +108,14 @@ async def connect(
         raise NoCluster(f"{kubeconfig or 'the kubeconfig'}: {_one_line(error)}; name another one") from error
     async with client:
         yield Api(client, patience_s)
+
+
+def _user(user: User | None) -> User:
+    """Nobody is a user without credentials. Plugins of v1 answer as those of v1beta1 do, which lightkube knows."""
+    user = user or User()
+    if user.exec and user.exec.apiVersion == "client.authentication.k8s.io/v1":
+        user.exec.apiVersion = "client.authentication.k8s.io/v1beta1"
+    return user
 
 
 class Api:

@@ -139,13 +139,12 @@ class Placing:
             self.see(place, versions.get(place))
 
     def await_lists(self, *lists: str) -> None:
-        """Nothing is removed, and not all is well, before these are `listed`."""
+        """Not all is well before these are `listed`."""
         self._unlisted.update(lists)
 
     def listed(self, what: str) -> None:
-        if what in self._unlisted:
-            self._unlisted.discard(what)
-            self._wake({*self._meant, *self._seen, CLUSTER})
+        self._unlisted.discard(what)
+        self._report()
 
     @asynccontextmanager
     async def at_work(self, *, gives_up: bool = False) -> AsyncIterator[asyncio.TaskGroup]:
@@ -181,7 +180,7 @@ class Placing:
     def _wake(self, places: Iterable[str]) -> None:
         if self._group is None:
             return
-        for place in places:
+        for place in sorted(places):
             if place not in self._busy and self._is_owed(place):
                 self._busy.add(place)
                 self._group.create_task(self._attend(place))
@@ -200,7 +199,7 @@ class Placing:
 
     def _may_remove(self, place: str) -> bool:
         """A selector that suddenly means nothing is rather a mistake than a wish to end all trust."""
-        return self._prune and bool(self._meant) and not self._unlisted and place in self._seen
+        return self._prune and bool(self._meant) and place in self._seen
 
     async def _attend(self, place: str) -> None:
         failures = 0

@@ -116,7 +116,7 @@ class ApiServer:
 
     # For tests
 
-    def kubeconfig(self, directory: Path, **user: str) -> str:
+    def kubeconfig(self, directory: Path, **user: object) -> str:
         """The path of a kubeconfig that leads here."""
         cluster: Object = {"server": self.url}
         if (ca := directory / "api-ca.pem").exists():
@@ -399,6 +399,8 @@ class ApiServer:
         owners[manager] = set(leaves)
         if old is not None and _leaves(after) == had:
             return 200, _shown(asked, old)
+        if old is not None and old.get("immutable"):
+            raise Status(422, f'ConfigMap "{name}" is invalid: data: Forbidden: field is immutable', "Invalid")
         after |= {"apiVersion": patch["apiVersion"], "kind": patch["kind"]}
         self._store(resource, namespace, name, after)
         return 200 if old else 201, _shown(asked, self._objects[key])

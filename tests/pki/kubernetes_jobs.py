@@ -131,7 +131,7 @@ def keeping(
     *,
     patience_s: float = 15.0,
     pace: Pace = QUICK,
-    user: Mapping[str, str] | None = None,
+    user: Mapping[str, object] | None = None,
     **aim: Any,  # Any: the fields of Aim
 ) -> Iterator[Kept]:
     """The job at work; a fault of its own is raised on leaving."""

@@ -1,4 +1,5 @@
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from cryptography.x509.verification import VerificationError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ from pki.authority import (
     issue_leaf,
     key_pem,
 )
+from pki.profile import unsigned_ca
 from tests.pki import oracle
 from tests.pki.clients import program
 
@@ -113,7 +115,7 @@ def test_what_a_ca_of_path_length_1_signs_may_sign_leaves() -> None:
 
 
 def test_an_issuing_ca_has_another_key_than_its_root() -> None:
-    with pytest.raises(AuthorityError, match="an issuing CA with the key of root .*; use another key"):
+    with pytest.raises(AuthorityError, match=r"an issuing CA with the key of root .*; use another key"):
         create_issuing(ROOT, NOW, name="Example Corp", key=ROOT.key)
 
 
@@ -220,6 +222,31 @@ def test_a_cross_certificate_keeps_the_limits_of_its_subject() -> None:
     cross = cross_sign(limited, OLD, NOW)
     assert extension(cross, x509.BasicConstraints)[0].path_length == 2
     assert extension(cross, x509.NameConstraints) == extension(limited.certificate, x509.NameConstraints)
+
+
+def test_a_ca_is_known_by_the_identifier_it_has() -> None:
+    identifier = x509.SubjectKeyIdentifier(b"by another rule")
+    life = (ROOT.certificate.not_valid_before_utc, ROOT.certificate.not_valid_after_utc)
+    key, name = create_key(KeyKind.EC_P256), ROOT.certificate.subject
+    unsigned = unsigned_ca(name, key.public_key(), life, path_length=None, identifier=identifier)
+    other = Root(unsigned.sign(key, hashes.SHA256()), key)
+    assert extension(cross_sign(other, ROOT, NOW), x509.SubjectKeyIdentifier)[0] == identifier
+    below = create_issuing(other, NOW, name="Example Corp").certificate
+    assert extension(below, x509.AuthorityKeyIdentifier)[0].key_identifier == identifier.digest
+
+
+def test_an_old_root_without_identifiers_can_sign_and_be_signed() -> None:
+    key, name = create_key(KeyKind.EC_P256), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Old")])
+    old = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(ROOT.certificate.not_valid_before_utc)
+        .not_valid_after(ROOT.certificate.not_valid_after_utc)
+        .sign(key, hashes.SHA256())
+    )
+    assert not list(old.extensions)
+    cross = cross_sign(Root(old, key), ROOT, NOW)
+    issuing = create_issuing(Root(old, key), NOW, name="Example Corp")
+    assert verify(issue_leaf(replace(issuing, chain=(issuing.certificate, cross)), "a.example", NOW))
 
 
 def test_a_root_that_has_expired_is_not_crossed() -> None:

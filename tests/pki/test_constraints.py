@@ -151,10 +151,12 @@ def test_no_leaf_is_issued_that_every_client_would_refuse() -> None:
 
 def test_the_limits_of_every_ca_of_the_chain_hold() -> None:
     above = create_issuing(ROOT, NOW, name="Corporate", permitted=["corp.example"], path_length=1)
-    below = create_issuing(Root(above.certificate, above.key), NOW, name="Example Corp", permitted=["a.corp.example"])
+    domains = ["a.corp.example", "evil.example"]
+    below = create_issuing(Root(above.certificate, above.key), NOW, name="Example Corp", permitted=domains)
     issuing = Issuing(below.certificate, below.key, (below.certificate, above.certificate))
     assert verify(issue_leaf(issuing, "a.corp.example", NOW), ROOT.certificate, at=NOW)
     for host in ("b.corp.example", "evil.example"):
+        assert not accepts(forge_leaf(issuing, host, NOW), ROOT.certificate, at=NOW)
         with pytest.raises(AuthorityError, match="is not for"):
             issue_leaf(issuing, host, NOW)
 

@@ -216,6 +216,17 @@ def test_only_the_object_that_was_looked_at_is_written_by_force(server: ApiServe
     assert server.config_map("a")["data"] == FOREIGN["data"]
 
 
+def test_one_of_ours_that_was_made_immutable_fails_and_the_others_are_done(server: ApiServer, tmp_path: Path) -> None:
+    server.add_namespace("a", "b")
+    once(server, tmp_path)
+    server.edit("a", NAME, {"immutable": True})
+    assert once(server, tmp_path).outcomes() == {"a": "unchanged", "b": "unchanged"}
+    ran = once(server, tmp_path, files(2))
+    assert ran.outcomes() == {"a": "failed", "b": "written"}
+    assert "field is immutable" in ran.because("a")
+    assert server.requests("DELETE") == []
+
+
 def arrive_at_the_first_apply(server: ApiServer, change: Any) -> None:  # Any: a function, whatever it returns
     taken = server.take
 

@@ -28,6 +28,7 @@ from pki.authority import (
     issue_leaf,
     permitted_domains,
 )
+from pki.chains import path_from
 from pki.constraints import constraints_of
 from pki.profile import digest_for, unsigned_ca
 from pki.rotation import (
@@ -404,6 +405,13 @@ def test_a_chain_in_any_order_is_put_in_order() -> None:
     assert staged.issuing[1].chain[:4] == (issuing.certificate, *between)
     assert staged.trusted == (AUTHORITY.trusted[0], root)
     assert len(staged.issuing[1].chain) == 5  # and our signature of their root
+
+
+def test_a_path_has_no_root_and_nothing_twice() -> None:
+    issuing, root, between = corporate(between=2)
+    pile = [root, *between, issuing.certificate, *between]
+    assert path_from(issuing.certificate, pile) == (issuing.certificate, *between)
+    assert path_from(issuing.certificate, between[1:]) == (issuing.certificate,)
 
 
 def test_a_foreign_root_waits_where_ours_cannot_sign_it() -> None:
