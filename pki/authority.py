@@ -315,7 +315,7 @@ def issue_leaf(issuing: Issuing, host: str, now: datetime, key: CaKey | None = N
 
 def is_ending(ca: x509.Certificate, now: datetime) -> bool:
     """Whether a CA has expired, or will so soon that it signs nothing any more."""
-    return now > ca.not_valid_after_utc - LEAST_LIFE
+    return now + LEAST_LIFE > ca.not_valid_after_utc
 
 
 def certificate_id(certificate: x509.Certificate) -> str:

@@ -149,6 +149,7 @@ def _pair(loaded: Loaded) -> Iterator[Fault]:
 def _unparsed(certificate: x509.Certificate) -> list[Fault]:
     try:
         certificate.extensions, certificate.subject, certificate.issuer  # noqa: B018 - parsed when asked for
+        certificate.not_valid_before_utc, certificate.not_valid_after_utc  # noqa: B018
     except Exception as error:  # whatever its parsers meet: ValueError, DuplicateExtension, KeyError (seen)
         return [Fault(f"cannot be parsed: {error}", f"{_ANEW} the encodings of RFC 5280")]
     try:

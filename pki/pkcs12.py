@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def assemble(*found: Contents, key: CaKey | None = None, above: Sequence[x509.Ce
     if any(_public(one) != _public(own[0]) for one in own):
         raise Unreadable("keys of several certificates in it; leave the one CA's that is meant")
     # One key may stand in an older certificate too.
-    certificate = max(own, key=lambda one: one.not_valid_after_utc) if own else _lowest(certificates)
+    certificate = max(own, key=_end) if own else _lowest(certificates)
     fitting = [held for held in keys if _public(certificate) == held.public_key()]
     chain, strays = _chain(certificate, list(dict.fromkeys((*certificates, *above))))
     home = next(file for file in found if certificate in file.certificates)
@@ -291,6 +292,14 @@ def _public(certificate: x509.Certificate) -> object:
         return certificate.public_key()
     except (ValueError, UnsupportedAlgorithm):
         return certificate
+
+
+def _end(certificate: x509.Certificate) -> datetime:
+    """When it ends; long ago, where the date is none (the year 0): `lint` says so."""
+    try:
+        return certificate.not_valid_after_utc
+    except ValueError:
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def _lowest(certificates: Sequence[x509.Certificate]) -> x509.Certificate:

@@ -125,7 +125,8 @@ def _since(found: object) -> datetime | None:
         since = datetime.fromisoformat(found) if isinstance(found, str) else None
     except ValueError:
         since = None
-    if since is None or since.tzinfo is None:
+    # Beyond these years it could be neither shown in UTC nor counted with.
+    if since is None or since.tzinfo is None or not 1970 < since.year < 9000:
         raise MalformedState(f"{_shown(found)} is no time with its zone; restore it from a copy")
     return since
 

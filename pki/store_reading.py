@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from pki.authority import CaKey, CaPublicKey, Issuing, Root, certificate_id
 from pki.files import UnusableSecret, read_file, read_secret
 from pki.key_uri import SCHEME, MalformedKeyUri, parse_uri
+from pki.profile import require_readable
 from pki.signer import SignerError, open_key
 from pki.state import Entry, MalformedState, Register, parse_state
 
@@ -106,9 +107,12 @@ def read_chain(folder: Path, entry: Entry) -> tuple[x509.Certificate, ...]:
 def read_certificates(path: Path) -> tuple[x509.Certificate, ...]:
     """Raises StoreError, also where there is none."""
     try:
-        return tuple(x509.load_pem_x509_certificates(read_public(path)))
-    except ValueError as error:
+        found = tuple(x509.load_pem_x509_certificates(read_public(path)))
+        for certificate in found:
+            require_readable(certificate)
+    except (ValueError, x509.InvalidVersion) as error:
         raise StoreError(f"{path}: no PEM certificate; restore it from a copy") from error
+    return found
 
 
 def read_key(path: Path, certificate: x509.Certificate) -> CaKey:

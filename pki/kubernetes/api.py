@@ -250,7 +250,7 @@ def _faults(path: str) -> Iterator[None]:
 
 
 async def _lines(answer: httpx2.Response) -> AsyncIterator[bytes]:
-    """The lines of a watch, cut at \\n alone. Raises ApiFault where it ends in the middle of one."""
+    """The lines of a watch, cut at \\n alone. One that has no end is dropped: the next watch tells it again."""
     waiting = b""
     async for chunk in answer.aiter_bytes():
         *whole, waiting = (waiting + chunk).split(b"\n")
@@ -258,8 +258,6 @@ async def _lines(answer: httpx2.Response) -> AsyncIterator[bytes]:
             yield line
         if len(waiting) > MAX_EVENT:
             raise ListAgain(f"{answer.url.path}: an event of more than {MAX_EVENT} bytes")
-    if waiting:
-        raise ApiFault(f"{answer.url.path}: the connection was lost in the middle of an event")
 
 
 def _version(path: str, found: Json) -> str:

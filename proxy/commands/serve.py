@@ -17,7 +17,7 @@ Each of them but --check is also a variable (--proxy-listen is OUTGATE_PROXY_LIS
 a flag wins over a variable, a variable over the file. docs/configuration.md has every key with its default.
 Redirected connections come by nft REDIRECT (or iptables -j REDIRECT); one made to the gate's own port is refused.
 Decision records go to standard output: readable lines on a terminal, JSON lines elsewhere.
-SIGHUP, or a change of its files, reloads the policy.
+SIGHUP, or a change of its files or of the --pki directory, reloads policy and issuing CA.
 Exit codes: 0 stopped, or checked; 2 usage; 3 could not start.
 
 \b

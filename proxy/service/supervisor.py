@@ -179,7 +179,7 @@ class Supervisor:
     # --- what workers are told ---
 
     def hang_up(self) -> None:
-        """SIGHUP: follow a log file that was moved away, and read the policy files again."""
+        """SIGHUP: follow a log file that was moved away, and read the policy files and the issuing CAs again."""
         for worker in self._workers:
             worker.tell(Reopen())
         self._reloads.ask()

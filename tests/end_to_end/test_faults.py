@@ -86,7 +86,7 @@ HARMED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no state": ("state.json", remove, r"state\.json: No such file .*; make an authority with 'outgate pki init"),
     "half a state": ("state.json", cut, r"state\.json: .*; restore it from a copy"),
     "no key": ("issuing/*/ca.key", remove, r"ca\.key: No such file or directory; restore it, or run as its owner"),
-    "half a key": ("issuing/*/ca.key", cut, r"ca\.key: no unencrypted PEM key; restore it from a copy"),
+    "half a key": ("issuing/*/ca.key", cut, r"ca\.key: no PEM key, and no pkcs11: line"),
     "a key that all may read": ("issuing/*/ca.key", open_to_all, r"ca\.key: mode 0644 .*; run: chmod 600"),
     "a key that cannot be read": ("issuing/*/ca.key", make_a_directory, r"ca\.key: Is a directory; restore it, or"),
     "half a certificate": ("issuing/*/ca.crt", cut, r"ca\.crt: no PEM certificate; restore it from a copy"),

@@ -24,11 +24,22 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from pki.authority import YEAR, certificates_pem
-from pki.rotation import activate_root, retire_issuing, stage_root
-from pki.store import changing, load
+from pki.authority import (
+    YEAR,
+    Authority,
+    CaKey,
+    KeyKind,
+    certificates_pem,
+    create_issuing,
+    create_key,
+    create_root,
+)
+from pki.rotation import activate_issuing, activate_root, retire_issuing, stage_issuing, stage_root
+from pki.signer import open_key
+from pki.store import changing, load, save
 from tests.end_to_end.service import WAIT_S, Service, children, eventually, signal_to
 from tests.end_to_end.world import a_world
+from tests.pki.softhsm import PIN, make_softhsm
 from tests.proxy import inspecting
 from tests.proxy.rotating import key_of, new_store, renew_issuing
 
@@ -443,6 +454,39 @@ def test_no_key_is_seen_anywhere_whatever_fails(
         assert any(
             "PRIVATE KEY" in path.read_text() for path in store.rglob("ca.key")
         )  # the search finds what there is
+
+
+def test_a_key_in_a_token_signs_and_the_next_one_in_its_place_and_the_pin_is_seen_nowhere(
+    tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token's module is loaded by the compiler and by the inspector, and never here."""
+    (tmp_path / "hsm").mkdir()
+    hsm = make_softhsm(tmp_path / "hsm")
+    monkeypatch.setattr("tests.end_to_end.service._CLEAN", {**os.environ, "SOFTHSM2_CONF": str(hsm.configuration)})
+    hsm.make_token("gate")
+    root = create_root(datetime.now(UTC), name="Outgate")
+
+    def in_token(label: str) -> CaKey:
+        key = create_key(KeyKind.EC_P256)
+        hsm.put(key, "gate", label, label.encode().hex())
+        return open_key(hsm.uri("gate", label), key.public_key())
+
+    store, roots = tmp_path / "pki", [root.certificate]
+    issuing = create_issuing(root, datetime.now(UTC), name="Outgate", key=in_token("first"))
+    save(Authority((root,), (issuing,)), store)
+    with Service(tmp_path, HEAD + INSPECTED, *options) as it:
+        assert shown_by(it, roots) == newest(store)
+        with changing(store) as change:
+            now = datetime.now(UTC)
+            staged = stage_issuing(change.authority, now, key=in_token("second"))
+            change.authority = activate_issuing(staged, now)
+        it.send(signal.SIGHUP)
+        shows_the_newest(it, store, roots)
+        key_of(store).write_text(hsm.uri("gate", "lost") + "\n")
+        assert it.reload(TOKEN)[0] == 422
+        assert shown_by(it, roots) == newest(store)
+        seen = [(place, text) for place, text in everything_of(it, tmp_path) if str(tmp_path / "hsm") not in place]
+        assert {place for place, text in seen if PIN.encode() in text} == set()
 
 
 def is_served(service: Service, store: Path, roots: list[x509.Certificate]) -> bool:

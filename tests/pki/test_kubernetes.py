@@ -202,7 +202,7 @@ def test_a_config_map_of_somebody_else_is_refused_and_the_others_are_done(server
 
 def test_what_comes_between_the_look_and_the_write_is_not_overwritten(server: ApiServer, tmp_path: Path) -> None:
     server.add_namespace("a")
-    arrive_at_the_first_apply(server, lambda: server.write("configmaps", "a", NAME, FOREIGN))
+    arrive_at_the_first(server, "PATCH", lambda: server.write("configmaps", "a", NAME, FOREIGN))
     assert once(server, tmp_path).outcomes() == {"a": "refused"}
     assert server.config_map("a")["data"] == FOREIGN["data"]
 
@@ -211,7 +211,7 @@ def test_only_the_object_that_was_looked_at_is_written_by_force(server: ApiServe
     """Ours when it was looked at, somebody else's when the write arrives."""
     server.add_namespace("a")
     once(server, tmp_path)
-    arrive_at_the_first_apply(server, lambda: server.write("configmaps", "a", NAME, FOREIGN))
+    arrive_at_the_first(server, "PATCH", lambda: server.write("configmaps", "a", NAME, FOREIGN))
     assert once(server, tmp_path, files(2)).outcomes() == {"a": "refused"}
     assert server.config_map("a")["data"] == FOREIGN["data"]
 
@@ -227,11 +227,11 @@ def test_one_of_ours_that_was_made_immutable_fails_and_the_others_are_done(serve
     assert server.requests("DELETE") == []
 
 
-def arrive_at_the_first_apply(server: ApiServer, change: Any) -> None:  # Any: a function, whatever it returns
+def arrive_at_the_first(server: ApiServer, method: str, change: Any) -> None:  # Any: a function, whatever it returns
     taken = server.take
 
     def take(asked: Any) -> Any:
-        if asked.method == "PATCH":
+        if asked.method == method:
             server.take = taken  # type: ignore[method-assign]  # a test's own hook
             change()
         return taken(asked)
@@ -255,6 +255,15 @@ def test_prune_removes_ours_where_it_is_not_meant_and_nothing_else(server: ApiSe
     assert (ran.outcomes()["a"], ran.outcomes()["b"]) == ("unchanged", "removed")
     assert server.served() == {"a", "c"}
     assert [asked.path for asked in server.requests("DELETE")] == ["/api/v1/namespaces/b/configmaps/outgate-trust"]
+
+
+def test_only_the_object_that_was_looked_at_is_removed(server: ApiServer, tmp_path: Path) -> None:
+    server.add_namespace("a", "b", labels={"inspected": "true"})
+    once(server, tmp_path)
+    server.label("b", inspected=None)
+    arrive_at_the_first(server, "DELETE", lambda: server.write("configmaps", "b", NAME, FOREIGN))
+    once(server, tmp_path, selector="inspected", prune=True)
+    assert server.config_map("b")["data"] == FOREIGN["data"]
 
 
 def test_a_selector_that_means_nothing_ends_no_trust(server: ApiServer, tmp_path: Path) -> None:

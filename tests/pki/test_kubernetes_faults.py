@@ -53,10 +53,9 @@ def serves_new(server: ApiServer, name: str = "new") -> None:
 def test_a_new_namespace_gets_the_bundle_at_once(server: ApiServer, tmp_path: Path) -> None:
     with keeping(server, tmp_path) as kept:
         settled(kept)
-        lists = len([asked for asked in server.requests("GET", watch=False) if asked.path.endswith("/namespaces")])
         serves_new(server)
         server.wait_for(lambda: kept.outcomes("new") == [Outcome.WRITTEN], "it is told")
-        assert len([one for one in server.requests("GET", watch=False) if one.path.endswith("/namespaces")]) == lists
+        assert lists(server) == 1
 
 
 def test_a_namespace_that_is_made_again_gets_it_again(server: ApiServer, tmp_path: Path) -> None:
@@ -110,6 +109,18 @@ def test_a_foreign_one_is_refused_once_and_replaced_when_it_goes(server: ApiServ
         server.delete("configmaps", "a", NAME)
         server.wait_for(lambda: carries(server, "a"), "a is free")
         server.wait_for(lambda: kept.outcomes("a") == [Outcome.REFUSED, Outcome.WRITTEN], "it is told")
+
+
+def test_a_new_namespace_of_an_old_name_is_told_anew(server: ApiServer, tmp_path: Path) -> None:
+    """Nothing is remembered of namespaces that are gone: they come and go by the thousand."""
+    server.write("configmaps", "a", NAME, {"data": {"ca.crt": "theirs"}})
+    with keeping(server, tmp_path) as kept:
+        settled(kept)
+        server.delete_namespace("a")
+        serves_new(server)
+        server.write("configmaps", "a", NAME, {"data": {"ca.crt": "theirs"}})
+        server.add_namespace("a")
+        server.wait_for(lambda: kept.outcomes("a") == [Outcome.REFUSED, Outcome.REFUSED], "it is told again")
 
 
 def test_a_new_root_reaches_every_namespace_beside_the_old_one(server: ApiServer, tmp_path: Path) -> None:
@@ -255,21 +266,20 @@ def test_what_changed_while_the_history_was_lost_is_found(server: ApiServer, tmp
         server.wait_for(lambda: carries(server, "a") and carries(server, "b"), "both are restored")
 
 
-def test_a_lost_connection_goes_on_where_it_was(server: ApiServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [CUT, STOPPING], ids=["lost", "ended"])
+def test_a_lost_connection_goes_on_where_it_was(server: ApiServer, tmp_path: Path, end: bytes | None) -> None:
     with keeping(server, tmp_path) as kept:
         settled(kept)
         serves_new(server)
-        lists = len(server.requests("GET", watch=False))
         last = str(server._version)
         server.bookmark("namespaces")
-        server.send("namespaces", b'{"type":"ADDED","object":{"metadata":{"na', CUT)
+        server.send("namespaces", b'{"type":"ADDED","object":{"metadata":{"na', end)
         server.wait_for(
             lambda: server.requests("GET", "/api/v1/namespaces", watch=True)[-1].query["resourceVersion"] == last,
             "the watch goes on after the bookmark",
         )
         serves_new(server, "newer")
-        relisted = [one for one in server.requests("GET", watch=False)[lists:] if one.path == "/api/v1/namespaces"]
-        assert relisted == []
+        assert lists(server) == 1
 
 
 @pytest.mark.parametrize(
@@ -292,7 +302,7 @@ def test_a_malformed_event_ends_the_watch_and_not_the_job(server: ApiServer, tmp
     with keeping(server, tmp_path) as kept:
         settled(kept)
         server.send("namespaces", line)
-        server.wait_for(lambda: server.watches[0].is_ended or bool(kept.said), "it is noticed")
+        server.wait_for(lambda: lists(server) == 2, "it lists again")
         serves_new(server)
         assert kept.said
 

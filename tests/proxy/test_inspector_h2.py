@@ -644,13 +644,14 @@ def test_an_origin_that_takes_few_streams_gets_few(tmp_path: Path) -> None:
     def begin(heard: Heard) -> None:
         most[0] = max(most[0], heard.talk.h2.open_inbound_streams)
 
-    with rig(tmp_path) as gate, Client(gate) as client:
+    with rig(tmp_path) as gate:
         origin_of(gate).settings = {SettingCodes.MAX_CONCURRENT_STREAMS: 3}
         origin_of(gate).begin = begin
-        client.get()
-        streams = [client.send() for _ in range(30)]
-        assert {client.wait(stream).body for stream in streams} == {b"sunny"}
-        assert 1 <= most[0] <= 3
+        with Client(gate) as client:
+            client.get()
+            streams = [client.send() for _ in range(30)]
+            assert {client.wait(stream).body for stream in streams} == {b"sunny"}
+            assert 1 <= most[0] <= 3
 
 
 # --- time

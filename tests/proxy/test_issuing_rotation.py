@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import shutil
@@ -266,14 +267,24 @@ def test_a_signer_that_hangs_is_waited_for_so_long() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("fault", [AuthorityError("CA 12 expired"), SignerError("pkcs11:token=a: gone")], ids=str)
-def test_why_there_is_no_leaf_is_told_to_everyone_who_waits_and_the_next_asks_anew(fault: Exception) -> None:
+NO_LEAF: dict[str, tuple[Exception, str]] = {
+    "an issuing CA at its end": (AuthorityError("CA 12 expired"), "CA 12 expired"),
+    "a token that is gone": (SignerError("pkcs11:token=a: gone"), "pkcs11:token=a: gone"),
+    "no descriptor": (OSError(errno.EMFILE, "Too many open files"), "no leaf can be loaded: Too many open files"),
+    "a leaf that OpenSSL refuses": (ssl.SSLError(1, "[SSL] too weak"), "no leaf can be loaded: [SSL] too weak"),
+}
+
+
+@pytest.mark.parametrize("case", NO_LEAF)
+def test_why_there_is_no_leaf_is_told_to_everyone_who_waits_and_the_next_asks_anew(case: str) -> None:
+    fault, said = NO_LEAF[case]
+
     async def test(slow: Slow) -> None:
         minting, slow.fault = Minting(slow, patience_s=PATIENCE_S), fault
         slow.may_sign.set()
         for told in await asyncio.gather(*(minting.context("a.example", b"h2") for _ in "ab"), return_exceptions=True):
             assert isinstance(told, NoLeaf)
-            assert str(told) == str(fault)
+            assert str(told) == said
         slow.fault = None
         assert await minting.context("a.example", b"h2")
         assert slow.asked == ["a.example"] * 2

@@ -110,14 +110,17 @@ def _ca_certificates(path: Path) -> bytes:
     from cryptography import x509
 
     from pki.authority import certificates_pem
+    from pki.profile import require_readable
     from pki.trust import TrustError, read_roots
 
     try:
         found = x509.load_pem_x509_certificates(read_roots(path, "--root"))
+        for one in found:
+            require_readable(one)
         basics = [one.extensions.get_extension_for_class(x509.BasicConstraints).value for one in found]
         if not all(basic.ca for basic in basics):
             raise ValueError("a leaf")
-    except (ValueError, x509.ExtensionNotFound) as error:
+    except (ValueError, x509.ExtensionNotFound, x509.InvalidVersion) as error:
         raise TrustError(f"{path}: no CA's certificate; name the root, roots/ID/ca.crt of the authority") from error
     return certificates_pem(*found)
 
