@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from pki import jks
+from pki.der import SEQUENCE, MalformedDer, elements
 
 CA, BUNDLE, TRUSTSTORE, WGETRC, PHP, ENV, MANIFEST = (
     "ca.crt",
@@ -239,12 +240,11 @@ def certificates(pem: bytes, what: str) -> dict[bytes, bytes]:
 
 
 def _is_der_sequence(der: bytes) -> bool:
-    """One whole DER SEQUENCE (X.690 8.1.3). Java would refuse the entire store over one that is cut off."""
-    if len(der) < 2 or der[0] != 0x30:
+    """One whole DER SEQUENCE. Java would refuse the entire store over one that is cut off."""
+    try:
+        return [tag for tag, _ in elements(der)] == [SEQUENCE]
+    except MalformedDer:
         return False
-    count = der[1] & 0x7F if der[1] & 0x80 else 0
-    length = int.from_bytes(der[2 : 2 + count]) if count else der[1]
-    return len(der) == 2 + count + length
 
 
 def _pem(der: bytes) -> bytes:

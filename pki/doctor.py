@@ -14,10 +14,11 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import partial
 from threading import Thread
 
 from pki.authority import AuthorityError, Issuing
@@ -27,6 +28,8 @@ from pki.leaves import Leaves
 
 AT_ONCE = 3  # programs; some take a second of a core to start
 CONNECTIONS = 16
+MAX_HELD = 256  # connections, of those that wait too
+MAX_HEAD = 8192  # bytes
 VERSION_TIMEOUT_S = 10
 MAX_SAID = 1 << 18  # bytes kept of what a program prints
 MAX_SENTENCE = 140
@@ -116,8 +119,10 @@ def answering(context: ssl.SSLContext) -> Iterator[int]:
         except OSError:  # no IPv6 on this machine, or the port is taken
             pass
         connections = stack.enter_context(ThreadPoolExecutor(CONNECTIONS))
+        held: set[socket.socket] = set()
+        stack.callback(_hang_up, connections, held)
         for listener in listeners:
-            thread = Thread(target=_accept, args=(listener, context, connections))
+            thread = Thread(target=_accept, args=(listener, context, connections, held))
             thread.start()
             stack.callback(thread.join)
             stack.callback(listener.shutdown, socket.SHUT_RDWR)  # wakes accept()
@@ -133,13 +138,33 @@ def _host(issuers: Sequence[Issuing]) -> str:
     raise AuthorityError("the constraints of the issuing CA permit no name that programs could be offered")
 
 
-def _accept(listener: socket.socket, context: ssl.SSLContext, connections: ThreadPoolExecutor) -> None:
+def _accept(
+    listener: socket.socket, context: ssl.SSLContext, connections: ThreadPoolExecutor, held: set[socket.socket]
+) -> None:
     while True:
         try:
             connection, _ = listener.accept()
+            if len(held) >= MAX_HELD:
+                connection.close()
+                continue
+            also = connection.dup()
         except OSError:
             return
-        connections.submit(_answer, connection, context)
+        held.add(also)
+        connections.submit(_answer, connection, context).add_done_callback(partial(_let_go, also, held))
+
+
+def _let_go(also: socket.socket, held: set[socket.socket], _: object) -> None:
+    held.discard(also)
+    also.close()
+
+
+def _hang_up(connections: ThreadPoolExecutor, held: set[socket.socket]) -> None:
+    """On who is still there: every user of this machine may connect, say nothing and stay."""
+    connections.shutdown(wait=False, cancel_futures=True)
+    for also in list(held):
+        with suppress(OSError):  # it has gone meanwhile
+            also.shutdown(socket.SHUT_RDWR)
 
 
 def _answer(connection: socket.socket, context: ssl.SSLContext) -> None:
@@ -159,10 +184,12 @@ def _answer(connection: socket.socket, context: ssl.SSLContext) -> None:
 
 
 def _read_head(connection: socket.socket) -> None:
-    """Up to the blank line and no further: the hello comes next."""
-    head = b""
+    """Up to the blank line and no further: the hello comes next. Raises OSError for one without end."""
+    head = bytearray()
     while not head.endswith(b"\r\n\r\n") and (byte := connection.recv(1)):
         head += byte
+        if len(head) > MAX_HEAD:
+            raise OSError("a head without end")
 
 
 # The programs
@@ -239,21 +266,17 @@ def run(command: Sequence[str], variables: Mapping[str, str], timeout_s: float) 
         )
     except OSError as error:
         return Run(f"{command[0]}: {error.strerror}", code=126)
-    said = bytearray()
+    said, has_ended = bytearray(), False
     assert process.stdout is not None
     with process.stdout as output:
         try:
             for chunk in _chunks(output.fileno(), deadline):
                 said += chunk[: MAX_SAID - len(said)]
-            process.wait(max(deadline - time.monotonic(), 0))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            if process.returncode is None:  # not waited for, so its number is nobody else's yet
-                os.killpg(process.pid, signal.SIGKILL)
-        code = process.returncode
-        process.wait()
-    return Run(said.decode(errors="replace"), code)
+            has_ended = _has_ended(process.pid, deadline)
+        finally:  # also what it left behind; it is not waited for, so its number is nobody else's yet
+            os.killpg(process.pid, signal.SIGKILL)
+    code = process.wait()
+    return Run(said.decode(errors="replace"), code if has_ended else None)
 
 
 def sentence(said: str, url: str = "") -> str:
@@ -284,6 +307,15 @@ def _chunks(descriptor: int, deadline: float) -> Iterator[bytes]:
         if not (chunk := os.read(descriptor, 65536)):
             return
         yield chunk
+
+
+def _has_ended(pid: int, deadline: float) -> bool:
+    """Whether the process has ended by then. It is not waited for."""
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)  # its output has ended, and so it has as good as always
+    return True
 
 
 def _quiet(variables: Mapping[str, str]) -> dict[str, str]:

@@ -41,7 +41,7 @@ def read_secret(path: Path | str, most: int, *, shows: str = "it", holds: str = 
             if mode & 0o077:
                 shown = f"mode {stat.S_IMODE(mode):04o} shows {shows} to others"
                 raise UnusableSecret(f"{path}: {shown}; run: chmod 600 {shlex.quote(str(path))}")
-            return file.read(most + 1)
+            return file.read(most + 1) or b""  # None: nothing to be read yet, as in /proc/kmsg
     except OSError as error:
         if own and error.errno == errno.ELOOP:
             raise UnusableSecret(f"{path}: a symbolic link; put the file itself there") from error
@@ -56,7 +56,7 @@ def read_file(path: Path, most: int) -> bytes:
             raise OSError(errno.EINVAL, "not a file", str(path))
         if status.st_size > most:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-        return file.read(most)
+        return file.read(most) or b""
 
 
 def write_file(path: Path, content: bytes, mode: int) -> None:

@@ -23,6 +23,7 @@ from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsag
 from pki.authority import AuthorityError, key_pem
 from pki.chains import is_self_signed
 from pki.constraints import constraints_of, name_constraints
+from pki.der import elements
 from pki.pkcs12 import Form, Loaded
 
 SOON = timedelta(days=30)
@@ -337,21 +338,9 @@ def _ocsp_addresses(certificate: x509.Certificate) -> list[str]:
 
 def _serial_and_times(signed: bytes) -> tuple[bytes, tuple[int, int]]:
     """The octets of the serial number, and the tags of both dates, which the parsed certificate no longer has."""
-    fields = [field for field in _elements(next(_elements(signed))[1]) if field[0] != _VERSION]
-    before, after = (tag for tag, _ in _elements(fields[3][1]))
+    fields = [field for field in elements(next(elements(signed))[1]) if field[0] != _VERSION]
+    before, after = (tag for tag, _ in elements(fields[3][1]))
     return fields[0][1], (before, after)
-
-
-def _elements(der: bytes) -> Iterator[tuple[int, bytes]]:
-    """The DER values in a row: tag and content. What stands here was parsed before, so it is whole."""
-    at = 0
-    while at < len(der):
-        tag, length, at = der[at], der[at + 1], at + 2
-        if length & 0x80:
-            octets = length & 0x7F
-            length, at = int.from_bytes(der[at : at + octets]), at + octets
-        yield tag, der[at : at + length]
-        at += length
 
 
 def _described(key: object) -> str:

@@ -6,9 +6,12 @@ It judges no certificate: that is `lint`'s work.
 from __future__ import annotations
 
 import base64
+import hashlib
+import hmac
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -29,6 +32,7 @@ from cryptography.utils import CryptographyDeprecationWarning
 from pki import files
 from pki.authority import CaKey
 from pki.chains import is_self_signed, is_signed_by
+from pki.der import OCTETS, SEQUENCE, element, elements
 
 MAX_FILE = 1 << 20  # bytes; a CA with its chain has some thousand
 MAX_PASSWORD = 1 << 10  # bytes
@@ -40,6 +44,7 @@ _SEQUENCE = rb"\x30(?:[\x00-\x80]|\x81.|\x82..|\x83...|\x84....)"  # and its len
 _PFX = re.compile(_SEQUENCE + rb"\x02\x01\x03", re.DOTALL)  # RFC 7292 4: version 3
 _CERTIFICATE = re.compile(_SEQUENCE + rb"\x30(?:[\x00-\x80]|\x81.|\x82..|\x83...)[\xa0\x02]", re.DOTALL)
 _KEYSTORE = b"\xfe\xed\xfe\xed"
+_SHA1 = bytes.fromhex("06052b0e03021a 0500")  # an AlgorithmIdentifier's content: 1.3.14.3.2.26, NULL
 _NAME_IT = "name a file that holds it with --password-file"
 
 
@@ -104,7 +109,10 @@ def read_password(path: Path) -> bytes:
         raise Unreadable(str(error)) from error
     if len(password) > MAX_PASSWORD:
         raise Unreadable(f"{path}: longer than any password; name a file that holds one line")
-    return password.removesuffix(b"\n").removesuffix(b"\r")
+    password = password.removesuffix(b"\n").removesuffix(b"\r")
+    if b"\0" in password:  # OpenSSL would read a part of it, and cryptography does not survive one (seen: 48.0)
+        raise Unreadable(f"{path}: has a zero byte, which no password has; name a file that holds one line")
+    return password
 
 
 def read(content: bytes, password: bytes | None = None) -> Contents:
@@ -254,11 +262,11 @@ def _read_binary(content: bytes, password: bytes | None) -> Contents:
 
 
 def _read_pkcs12(content: bytes, password: bytes | None) -> Contents:
-    try:
-        return _opened(content, None)
-    except ValueError as error:
-        if password is None:
-            raise Unreadable(f"asks for a password, or is damaged; {_NAME_IT}") from error
+    for form in (content, _with_mac(content)):
+        with suppress(ValueError):
+            return _opened(form, None)
+    if password is None:
+        raise Unreadable(f"asks for a password, or is damaged; {_NAME_IT}")
     try:
         return _opened(content, password)
     except ValueError as error:
@@ -278,6 +286,26 @@ def _opened(content: bytes, password: bytes | None) -> Contents:
         raise Unreadable(f"{len(certificates)} certificates, which is no CA but a bundle; name the CA's own file")
     keys = (_ca_key(key),) if key is not None else ()
     return Contents(Form.PKCS12, certificates, keys, is_encrypted=password is not None)
+
+
+def _with_mac(content: bytes) -> bytes:
+    """PKCS#12 that has no MAC, with that of the empty password; any other as it is.
+
+    The empty password and none at all encrypt differently (RFC 7292 B.1: two zero bytes, or nothing), and OpenSSL finds
+    out by the MAC which it is. Without one it takes none, and the empty one cannot be said.
+    """
+    try:
+        [(_, pfx)] = elements(content)
+        _, (_, safe) = elements(pfx)  # a third value would be the MAC (RFC 7292 4)
+        _, (_, wrapped) = elements(safe)
+        [(_, authenticated)] = elements(wrapped)
+    except ValueError:  # another number of them, or no DER
+        return content
+    salt = bytes(8)
+    key = hashlib.sha1(b"\x03" * 64 + salt * 8 + bytes(64), usedforsecurity=False)  # RFC 7292 B.2, its one round
+    mac = hmac.digest(key.digest(), authenticated, "sha1")
+    digest = element(SEQUENCE, element(SEQUENCE, _SHA1), element(OCTETS, mac))
+    return element(SEQUENCE, pfx, element(SEQUENCE, digest, element(OCTETS, salt)))
 
 
 def _ca_key(key: object) -> CaKey:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 import stat
 from collections.abc import Iterable, Mapping
@@ -70,6 +71,7 @@ def write_trust(directory: Path, files: Mapping[str, bytes]) -> tuple[str, ...]:
         if not directory.is_dir():
             make_directory(directory, 0o755)
             directory.chmod(0o755)  # whatever the umask: workloads have uids of their own
+        _require_ours(directory)
         changed = [name for name, content in files.items() if not _holds(directory / name, content)]
         for name in changed:
             write_file(directory / name, files[name], PUBLIC)
@@ -78,13 +80,24 @@ def write_trust(directory: Path, files: Mapping[str, bytes]) -> tuple[str, ...]:
     return tuple(changed)
 
 
+def _require_ours(directory: Path) -> None:
+    """Raises TrustError where others may write: a shell sources what stands there, and PHP reads every .ini file."""
+    found = directory.stat()
+    advice = "they could have shells and PHP run what they like; name a new directory, as one inside it"
+    if found.st_uid not in (0, os.geteuid()):
+        raise TrustError(f"{directory}: belongs to uid {found.st_uid}, not to us: {advice}")
+    if found.st_mode & 0o022:
+        raise TrustError(f"{directory}: mode {stat.S_IMODE(found.st_mode):04o} lets others write there: {advice}")
+
+
 def _holds(path: Path, content: bytes) -> bool:
-    """`path` is a file for all to read, with this content. A link is none: who made it may point it elsewhere."""
+    """`path` is a file for all to read, with this content. A link is none: who made it may point it elsewhere; nor is
+    a file of another user, who may write something else to it."""
     try:
         found = path.lstat()
         if not stat.S_ISREG(found.st_mode) or stat.S_IMODE(found.st_mode) != PUBLIC or found.st_size != len(content):
             return False
-        return path.read_bytes() == content
+        return found.st_uid in (0, os.geteuid()) and path.read_bytes() == content
     except FileNotFoundError:
         return False
 

@@ -227,7 +227,7 @@ class Api:
     def _fault(self, path: str, answer: httpx2.Response) -> ApiFault:
         try:
             status = mapping(answer.json())
-        except ValueError:  # a balancer's page
+        except (ValueError, RecursionError):  # a balancer's page
             status = {}
         after = answer.headers.get("Retry-After", "")
         retry_after_s = min(float(after), MAX_REST_S) if after.isascii() and after.isdigit() else 0.0
@@ -245,7 +245,7 @@ def _faults(path: str) -> Iterator[None]:
         raise ApiFault(f"{path}: no answer in time") from error
     except (ConfigError, httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         raise ApiFault(f"{path}: {_one_line(error)}") from error
-    except (ValueError, KeyError) as error:  # no JSON, from the server or from an exec plugin
+    except (ValueError, KeyError, RecursionError) as error:  # no JSON, from the server or from an exec plugin
         raise ApiFault(f"{path}: an answer that cannot be read: {_one_line(error)}") from error
 
 
@@ -271,7 +271,7 @@ def _version(path: str, found: Json) -> str:
 def _event(path: str, line: bytes) -> Event:
     try:
         told = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ListAgain(f"{path}: a malformed event") from error
     about = mapping(mapping(told).get("object"))
     match mapping(told).get("type"):

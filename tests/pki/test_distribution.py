@@ -370,7 +370,7 @@ def test_a_full_disk_leaves_whole_files_and_one_line(tmp_path: Path) -> None:
     )
     small = tmp_path / "small"
     small.mkdir()
-    inside = 'mount -t tmpfs -o size=64k tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    inside = 'mount -t tmpfs -o size=64k,mode=755 tmpfs "$1" && exec "$2" -c "$3" "$1"'
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", inside, "sh", str(small), PYTHON, script], capture_output=True, text=True
     )

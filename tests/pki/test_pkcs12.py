@@ -91,9 +91,22 @@ def same(loaded: Loaded, *, certificate: x509.Certificate = CA) -> bool:
         ("-keypbe", "NONE", "-certpbe", "NONE", "-nomac"),
         ("-keypbe", "PBE-SHA1-3DES", "-certpbe", "PBE-SHA1-3DES", "-macalg", "sha1"),
         ("-certpbe", "PBE-SHA1-RC2-40", *LEGACY),
+        ("-certpbe", "PBE-SHA1-RC2-40", *LEGACY, "-nomac"),
+        ("-keypbe", "PBE-SHA1-3DES", "-certpbe", "PBE-SHA1-3DES", "-nomac"),
         ("-keypbe", "AES-256-CBC", "-certpbe", "AES-256-CBC", "-macalg", "sha512"),
     ],
-    ids=["openssl 3", "legacy", "no mac", "not encrypted", "neither", "3des", "rc2", "aes and sha-512"],
+    ids=[
+        "openssl 3",
+        "legacy",
+        "no mac",
+        "not encrypted",
+        "neither",
+        "3des",
+        "rc2",
+        "rc2 and no mac",
+        "3des and no mac",
+        "aes and sha-512",
+    ],
 )
 @pytest.mark.parametrize("password", ["", "pässword"], ids=["empty", "password"])
 def test_pkcs12_of_every_kind_is_read(files: Path, options: tuple[str, ...], password: str) -> None:
@@ -393,6 +406,9 @@ def test_a_password_that_others_can_read_or_that_is_none_is_refused(tmp_path: Pa
     path.chmod(0o600)
     path.write_bytes(bytes(2000))
     with pytest.raises(Unreadable, match="longer than any password"):
+        read_password(path)
+    path.write_bytes(b"sec\0ret\n")
+    with pytest.raises(Unreadable, match="has a zero byte, which no password has"):
         read_password(path)
 
 
