@@ -16,13 +16,14 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from pki.constraints import constraints_of, covers, limits_subject, name_constraints, permitted_domains
+from pki.constraints import constraints_of, covers, limits_subject, name_constraints
 from pki.profile import (
     BACKDATING,
     MAX_NAME,
     AuthorityError,
     CaKey,
     CaPublicKey,
+    KeyOffline,
     ca_name,
     digest_for,
     identifier_of,
@@ -35,9 +36,9 @@ from pki.profile import (
 
 __all__ = [
     "BACKDATING", "LEAF_LIFE", "LEAST_LIFE", "MAX_NAME", "YEAR", "Authority", "AuthorityError", "CaKey", "CaPublicKey",
-    "Issuing", "KeyKind", "Leaf", "Line", "Root", "State", "certificate_id", "certificates_pem", "covers",
+    "Issuing", "KeyKind", "KeyOffline", "Leaf", "Line", "Root", "State", "certificate_id", "certificates_pem",
     "create_authority", "create_issuing", "create_key", "create_root", "cross_sign", "fingerprint", "is_ending",
-    "issue_leaf", "key_pem", "name_constraints", "permitted_domains",
+    "issue_leaf", "key_pem",
 ]  # fmt: skip
 
 LEAF_LIFE = timedelta(days=7)  # clients refuse long-lived leaves: 398 days once, 200 now, 47 from 2029 (CA/B SC-081v3)
@@ -338,7 +339,7 @@ def key_pem(key: CaKey) -> bytes:
 
 def _signer(root: Root, now: datetime) -> CaKey:
     if root.key is None:
-        raise AuthorityError(f"root {certificate_id(root.certificate)} has no key here; sign where its key is kept")
+        raise KeyOffline(f"root {certificate_id(root.certificate)} has no key here; sign where its key is kept")
     _require_valid(root.certificate, now)
     return root.key
 
@@ -346,8 +347,12 @@ def _signer(root: Root, now: datetime) -> CaKey:
 def _require_valid(ca: x509.Certificate, now: datetime) -> None:
     end = ca.not_valid_after_utc
     if now < ca.not_valid_before_utc:
-        raise AuthorityError(f"CA {certificate_id(ca)} is not valid before {ca.not_valid_before_utc}; set the clock")
+        raise AuthorityError(
+            f"CA {certificate_id(ca)} is not valid before {ca.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; set the clock"
+        )
     if now >= end:
-        raise AuthorityError(f"CA {certificate_id(ca)} expired at {end}; replace it")
+        raise AuthorityError(f"CA {certificate_id(ca)} expired at {end:%Y-%m-%d %H:%M} UTC; replace it")
     if is_ending(ca, now):
-        raise AuthorityError(f"CA {certificate_id(ca)} expires at {end}, too soon to sign anything; replace it")
+        raise AuthorityError(
+            f"CA {certificate_id(ca)} expires at {end:%Y-%m-%d %H:%M} UTC, too soon to sign anything; replace it"
+        )

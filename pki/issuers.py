@@ -9,12 +9,9 @@ import json
 from collections.abc import Sequence
 
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from pki.authority import CaKey, CaPublicKey, Issuing, Line, certificates_pem
-from pki.key_uri import SCHEME
-from pki.signer import key_text, open_key
+from pki.authority import Issuing, Line, certificates_pem
+from pki.signer import key_of, key_text
 
 
 def issuers_text(issuers: Sequence[Issuing]) -> str:
@@ -37,14 +34,4 @@ def read_issuers(text: str) -> tuple[Issuing, ...]:
 
 def _read(line: str, chain: str, key: str) -> Issuing:
     certificates = tuple(x509.load_pem_x509_certificates(chain.encode()))
-    return Issuing(certificates[0], _read_key(key, certificates[0].public_key()), certificates, line=Line(line))
-
-
-def _read_key(text: str, public_key: CaPublicKey) -> CaKey:
-    if text.startswith(SCHEME):
-        return open_key(text.strip(), public_key)
-    # The store has seen that it signs. Whether an RSA key's primes are prime takes 70 ms to see.
-    key = load_pem_private_key(text.encode(), None, unsafe_skip_rsa_key_validation=True)
-    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-        raise TypeError("no key of a kind that signs leaves")
-    return key
+    return Issuing(certificates[0], key_of(key.encode(), certificates[0].public_key()), certificates, line=Line(line))

@@ -39,14 +39,6 @@ class Step(StrEnum):
     EXPORT = "export"
 
 
-class Urgency(StrEnum):
-    """How a step stands to the time."""
-
-    LATER = "later"
-    DUE = "due"
-    LATE = "late"  # clients refuse what stands below the CA
-
-
 @dataclass(frozen=True, slots=True)
 class Due:
     """A step, and the CA that it is about.
@@ -60,11 +52,6 @@ class Due:
     line: Line
     due: datetime
     late: datetime | None = None
-
-    def urgency(self, now: datetime) -> Urgency:
-        if self.late is not None and now >= self.late:
-            return Urgency.LATE
-        return Urgency.DUE if now >= self.due else Urgency.LATER
 
 
 def plan(cas: Cas, now: datetime) -> tuple[Due, ...]:
@@ -95,7 +82,7 @@ def _issuing_steps(cas: Cas) -> Iterator[Due]:
 def _replacement(cas: Cas, issuing: Ca) -> Due:
     """How an active issuing CA is to be replaced."""
     certificate, root, end = issuing.certificate, root_above(cas.roots, issuing), _end(cas, issuing)
-    due = _two_thirds(certificate, end)
+    due = two_thirds(certificate, end)
     if root is not None and end == root.certificate.not_valid_after_utc:
         return Due(Step.STAGE_ROOT, root.certificate, issuing.line, due, end)
     # What stands between it and its root was made by somebody else, as was the root where it is not here.
@@ -113,14 +100,14 @@ def _root_steps(cas: Cas, now: datetime) -> Iterator[Due]:
                 possible = _since(root) if is_crossed(cas.roots, root, now) else _since(root) + SOAK
                 yield Due(Step.ACTIVATE_ROOT, certificate, root.line, possible, _end_of_line(cas, root.line))
         elif not _is_staged(cas, root.line) and not _is_retiring(cas.roots, root.line):
-            yield Due(Step.STAGE_ROOT, certificate, root.line, _two_thirds(certificate, end), end)
+            yield Due(Step.STAGE_ROOT, certificate, root.line, two_thirds(certificate, end), end)
 
 
 def _given_steps(cas: Cas) -> Iterator[Due]:
     for certificate in cas.given:
         root = next((one for one in cas.roots if is_signed_by(certificate, one.certificate)), None)
         end = certificate.not_valid_after_utc
-        due = _two_thirds(certificate, end)
+        due = two_thirds(certificate, end)
         if root is not None and root.state is State.RETIRING:
             due = min(due, _since(root))
         yield Due(Step.EXPORT, certificate, root.line if root else Line.MAIN, due, end)
@@ -150,6 +137,7 @@ def _since(ca: Ca) -> datetime:
     return ca.since or ca.certificate.not_valid_before_utc
 
 
-def _two_thirds(certificate: x509.Certificate, end: datetime) -> datetime:
+def two_thirds(certificate: x509.Certificate, end: datetime) -> datetime:
+    """When it is to be replaced. What is left of a year is four months, in which somebody will have time."""
     start = certificate.not_valid_before_utc
     return start + (end - start) * 2 / 3

@@ -19,6 +19,10 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 BACKDATING = timedelta(hours=1)  # a workload's clock may be slow; counted in every life
 MAX_NAME = 64  # RFC 5280 A.1: ub-organization-name and ub-common-name
 
+MIN_RSA = 2048  # bits
+NO_CA_KEY = "neither an elliptic curve nor an RSA key, the kinds that a CA has"
+
+_CURVES, _CURVE_NAMES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1), "P-256, P-384 or P-521"
 _HOST = re.compile(r"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
 _MAX_HOST = 253
 
@@ -30,6 +34,10 @@ type Life = tuple[datetime, datetime]  # the first and the last second; both cou
 
 class AuthorityError(Exception):
     """No certificate is issued: the name cannot stand in one, or its issuer cannot sign it now. `str()` says why."""
+
+
+class KeyOffline(AuthorityError):
+    """The key of the CA that is to sign is not here."""
 
 
 def unsigned_ca(
@@ -121,6 +129,29 @@ def is_organisation(name: str) -> bool:
     return bool(name.strip()) and len(name) <= MAX_NAME and name.isprintable()
 
 
+def organisation_of(ca: x509.Certificate) -> str:
+    """What a CA that succeeds this one, or is issued below it, is named by."""
+    found = ca.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
+    name = str(found[0].value) if found else ""
+    return name if is_organisation(name) else "Outgate"
+
+
+def weakness(key: CaPublicKey) -> str:
+    """Why clients would refuse a CA with this key, for the end of a message; empty: they do not."""
+    match key:
+        case ec.EllipticCurvePublicKey():
+            return "" if isinstance(key.curve, _CURVES) else f"a key on {key.curve.name}; a CA's is on {_CURVE_NAMES}"
+        case rsa.RSAPublicKey():
+            enough = key.key_size >= MIN_RSA
+            return "" if enough else f"an RSA key of {key.key_size} bits; a CA's has {MIN_RSA} at least"
+    return NO_CA_KEY
+
+
+def stays_in_token(key: CaKey | None) -> bool:
+    """Whether it is one of `signer`'s, which can sign and not be copied."""
+    return hasattr(key, "uri")
+
+
 def is_host_name(text: str) -> bool:
     """Whether this is a host name in normal form: lower case, IDN as A-labels, no final dot."""
     return len(text) <= _MAX_HOST and bool(_HOST.fullmatch(text))
@@ -147,9 +178,8 @@ def identifier_of(certificate: x509.Certificate) -> x509.SubjectKeyIdentifier:
 def require_readable(certificate: x509.Certificate) -> None:
     """Raises ValueError where a part of it cannot be parsed, for each is parsed only when it is asked for."""
     try:
-        certificate.subject.rfc4514_string()
-        certificate.issuer, certificate.extensions, certificate.public_key()
-        certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        _ = certificate.subject.rfc4514_string(), certificate.issuer, certificate.extensions, certificate.public_key()
+        _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except Exception as error:  # whatever its parsers meet: ValueError, DuplicateExtension, UnsupportedAlgorithm
         raise ValueError(f"cannot be parsed: {error}") from error
 

@@ -15,7 +15,6 @@ from datetime import datetime, timedelta
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.x509.oid import NameOID
 
 from pki.authority import (
     YEAR,
@@ -45,12 +44,7 @@ from pki.chains import (
     root_above,
 )
 from pki.constraints import constraints_of
-from pki.profile import is_organisation
-
-__all__ = [
-    "SOAK", "NotNow", "activate_issuing", "activate_root", "is_signed_by", "kind_of", "retire_issuing",
-    "retire_root", "root_of", "stage_foreign", "stage_issuing", "stage_root", "unstage", "with_root_key",
-]  # fmt: skip
+from pki.profile import organisation_of, stays_in_token
 
 SOAK = timedelta(days=7)  # for a trust bundle to reach every workload
 
@@ -144,7 +138,7 @@ def stage_root(
         own_key = _next_key(model, key if present.line is Line.MAIN else None)
         new = create_root(
             now,
-            name=_organisation(model.certificate),
+            name=organisation_of(model.certificate),
             years=years,
             kind=kind_of(model.certificate),
             key=own_key,
@@ -301,7 +295,7 @@ def _successor(
     return create_issuing(
         root,
         now,
-        name=_organisation(present.certificate),
+        name=organisation_of(present.certificate),
         life=life,
         kind=kind_of(present.certificate),
         key=_next_key(present, key),
@@ -312,7 +306,7 @@ def _successor(
 
 def _next_key(present: Root | Issuing, key: CaKey | None) -> CaKey | None:
     """The key that the next CA is to have. Who keeps one in a token does not get the next one in a file unasked."""
-    if key is None and hasattr(present.key, "uri"):
+    if key is None and stays_in_token(present.key):
         raise AuthorityError(f"the key of CA {certificate_id(present.certificate)} is in a token; name the next one's")
     return key
 
@@ -415,10 +409,4 @@ def _require_usable(root: Root, line: Line) -> None:
 def _require_soaked(root: Root, now: datetime, soak: timedelta, why: str) -> None:
     if soak and (root.since is None or now < root.since + soak):
         since = f"{root.since:%Y-%m-%d %H:%M} UTC" if root.since else "nobody knows when"
-        raise NotNow(f"{why} since {since}; wait for {soak.days} days in all, or say not to wait")
-
-
-def _organisation(certificate: x509.Certificate) -> str:
-    found = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
-    name = str(found[0].value) if found else ""
-    return name if is_organisation(name) else "Outgate"
+        raise NotNow(f"{why} since {since}, and they are given {soak.days} days")

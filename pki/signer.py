@@ -17,11 +17,12 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import NoDigestInfo, Prehashed, encode_dss_signature
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from cryptography.hazmat.primitives.serialization import load_der_public_key, load_pem_private_key
 
 from pki.authority import CaKey, CaPublicKey, key_pem
 from pki.files import UnusableSecret, read_secret
-from pki.key_uri import KeyUri, MalformedKeyUri, parse_uri
+from pki.key_uri import SCHEME, KeyUri, MalformedKeyUri, parse_uri
+from pki.profile import NO_CA_KEY
 
 if TYPE_CHECKING:
     from pkcs11 import ObjectClass, Session, Token
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 EXTRA = "outgate[pkcs11]"
 MAX_PIN = 256  # bytes
-NO_KEY = "no such private key in the token"
+NO_KEY = "no such private key in the token; make it there, or correct its name"
 
 _PROOF = b"outgate: whose key is this?"
 
@@ -41,6 +42,10 @@ _lives: defaultdict[Path, int] = defaultdict(int)  # of each module: how often i
 
 class SignerError(Exception):
     """A key in a token cannot be used. `str()` has its URI and the repair, and no PIN."""
+
+
+class NoCaKey(ValueError):
+    """A key of a kind that no CA has."""
 
 
 def open_key(uri: str, public_key: CaPublicKey | None = None) -> CaKey:
@@ -59,12 +64,26 @@ def open_key(uri: str, public_key: CaPublicKey | None = None) -> CaKey:
         return RemoteEcKey(uri, place, found)
     if isinstance(found, rsa.RSAPublicKey):
         return RemoteRsaKey(uri, place, found)
-    raise SignerError(f"{place.uri}: neither an elliptic curve nor an RSA key")
+    raise SignerError(f"{place.uri}: {NO_CA_KEY}")
 
 
 def key_text(key: CaKey) -> bytes:
     """A key as it stands in a file: PEM, or the line that says where it is, with the PIN if that has one."""
     return f"{key.uri}\n".encode() if isinstance(key, RemoteKey) else key_pem(key)
+
+
+def key_of(text: bytes, public_key: CaPublicKey) -> CaKey:
+    """What `key_text` wrote. A key in a token is held against `public_key` when it signs; any other is as it stands.
+
+    Raises SignerError; NoCaKey, or another ValueError; TypeError where it is encrypted.
+    """
+    if text.startswith(SCHEME.encode()):
+        return open_key(text.decode().strip(), public_key)
+    # Whether an RSA key's primes are prime takes 70 ms to see; a store sees instead that the key signs.
+    key = load_pem_private_key(text, None, unsafe_skip_rsa_key_validation=True)
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise NoCaKey(NO_CA_KEY)
+    return key
 
 
 class RemoteKey:
@@ -266,7 +285,7 @@ class _Place:
             self._session = token.open(user_pin=pin)
             self._key = self._find_key(self._session)
         if self._key is None:
-            unseen = "" if self.uri.has_pin else ", or none that is seen without a PIN; give pin-source"
+            unseen = "" if self.uri.has_pin else "; or give pin-source, where it is not seen without a PIN"
             raise SignerError(f"{self.uri}: {NO_KEY}{unseen}")
 
     def _find_token(self) -> Token:

@@ -12,10 +12,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pki.authority import Authority, Issuing, Line, Root, State, certificate_id
+from pki.layout import GIVEN, ISSUING, ROOTS
 
 VERSION = 2
-
-ROOTS, ISSUING, GIVEN = "roots", "issuing", "given"
 
 _ID = re.compile(r"[0-9a-f]{16}")  # becomes a path: nothing else may stand in state.json
 

@@ -21,11 +21,10 @@ from cryptography import x509
 
 from pki.authority import Authority, Issuing, Line, State, certificate_id
 from pki.files import make_directory
+from pki.layout import GIVEN, ISSUING, KEY, ROOTS, STATE
 from pki.signer import RemoteKey, SignerError
-from pki.state import GIVEN, ISSUING, ROOTS, Entry, Register
+from pki.state import Entry, Register
 from pki.store_reading import (
-    KEY,
-    STATE,
     KeyPlace,
     StoreError,
     is_there,

@@ -11,22 +11,19 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.exceptions import InternalError, InvalidSignature
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from pki.authority import CaKey, CaPublicKey, Issuing, Root, certificate_id
 from pki.files import UnusableSecret, read_file, read_secret
 from pki.key_uri import SCHEME, MalformedKeyUri, parse_uri
-from pki.profile import require_readable
-from pki.signer import SignerError, open_key
+from pki.layout import CERTIFICATE, CHAIN, KEY, STATE, cross_name
+from pki.profile import require_readable, weakness
+from pki.signer import NoCaKey, RemoteKey, SignerError, key_of
 from pki.state import Entry, MalformedState, Register, parse_state
 
-STATE = "state.json"
-CERTIFICATE, KEY, CHAIN = "ca.crt", "ca.key", "chain.pem"
 MAX_KEY = 1 << 16  # bytes; what is longer is no key
 MAX_FILE = 1 << 20  # of certificates, and of state.json
 
-_CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 _TOKEN_LINE = SCHEME.encode()
 
 
@@ -88,10 +85,6 @@ def read_crosses(folder: Path, entry: Entry) -> tuple[x509.Certificate, ...]:
     return tuple(_named(folder / cross_name(one), one) for one in entry.sent or ())
 
 
-def cross_name(cross_id: str) -> str:
-    return f"cross-{cross_id}.crt"
-
-
 def read_chain(folder: Path, entry: Entry) -> tuple[x509.Certificate, ...]:
     """What is sent after a leaf: those of chain.pem that the entry names, in its order. Raises StoreError."""
     path = folder / CHAIN
@@ -119,20 +112,17 @@ def read_key(path: Path, certificate: x509.Certificate) -> CaKey:
     """The key of `certificate`. One in a token is compared when it signs: `signer` verifies that. Raises StoreError."""
     try:
         text = read_secret(path, MAX_KEY, shows="the key", own=True)
-        if text.startswith(_TOKEN_LINE):
-            return open_key(text.decode().strip(), certificate.public_key())
-        # Whether an RSA key's primes are prime takes 70 ms to see; that the key signs is seen below.
-        key = load_pem_private_key(text, password=None, unsafe_skip_rsa_key_validation=True)
+        key = key_of(text, certificate.public_key())
     except UnusableSecret as error:
         raise StoreError(str(error)) from error
-    except SignerError as error:
+    except (SignerError, NoCaKey) as error:
         raise StoreError(f"{path}: {error}") from error
     except TypeError as error:
         raise StoreError(f"{path}: is encrypted, and nobody is there to ask; store it unencrypted") from error
     except ValueError as error:
         raise StoreError(f"{path}: no PEM key, and no {SCHEME} line; restore it from a copy") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-        raise StoreError(f"{path}: neither an elliptic curve nor an RSA key, the kinds a store holds")
+    if isinstance(key, RemoteKey):
+        return key
     _require_strong(path, key.public_key())
     if not _is_pair(key, certificate.public_key()):
         raise StoreError(f"{path}: not the key of {CERTIFICATE} beside it; restore it from a copy")
@@ -202,11 +192,5 @@ def _is_pair(key: CaKey, public_key: CaPublicKey) -> bool:
 
 
 def _require_strong(path: Path, key: CaPublicKey) -> None:
-    match key:
-        case ec.EllipticCurvePublicKey() if not isinstance(key.curve, _CURVES):
-            raise StoreError(f"{path}: a key on {key.curve.name}; a CA's is on P-256, P-384 or P-521")
-        case rsa.RSAPublicKey() if key.key_size < 2048:
-            raise StoreError(f"{path}: an RSA key of {key.key_size} bits; a CA's has 2048 at least")
-        case ec.EllipticCurvePublicKey() | rsa.RSAPublicKey():
-            return
-    raise StoreError(f"{path}: neither an elliptic curve nor an RSA key, the kinds a store holds")
+    if why := weakness(key):
+        raise StoreError(f"{path}: {why}")

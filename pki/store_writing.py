@@ -9,7 +9,9 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,15 +30,11 @@ from pki.files import (
     sync_directory,
     write_file,
 )
+from pki.layout import CERTIFICATE, CHAIN, GIVEN, ISSUING, KEY, ROOTS, STATE, cross_name
 from pki.signer import key_text
-from pki.state import GIVEN, ISSUING, ROOTS, Register, state_text
+from pki.state import Register, state_text
 from pki.store_reading import (
-    CERTIFICATE,
-    CHAIN,
-    KEY,
-    STATE,
     StoreError,
-    cross_name,
     is_there,
     read_certificates,
     read_key,
@@ -226,9 +224,13 @@ def _unfinished(directory: Path) -> list[str]:
 def one_writer(directory: Path) -> Iterator[None]:
     """Holds the store's lock. Raises StoreError."""
     with writing(directory):
-        owner = directory.stat().st_uid
+        found = directory.stat()
+        owner, mode = found.st_uid, stat.S_IMODE(found.st_mode)
         if owner != os.geteuid():  # who could put other keys in the place of ours, and could not read ours
             raise StoreError(f"{directory}: belongs to uid {owner}, and we are uid {os.geteuid()}; run as its owner")
+        if mode & 0o022:  # workloads would be told to trust whatever root they put there
+            repair = f"see who did, then: chmod go-w {shlex.quote(str(directory))}"
+            raise StoreError(f"{directory}: mode {mode:04o} lets others put CAs there; {repair}")
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, SECRET)
     try:
         with writing(directory):

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pki.distribution import BUNDLE, MalformedBundle, certificates
+from pki.distribution import BUNDLE, MalformedBundle, UnusableDirectory, certificates, trust_files
 from pki.files import PUBLIC, make_directory, read_file, repair, write_file
 
 MAX_BUNDLE = 16 << 20  # bytes; Mozilla's roots are 0.2 MiB
@@ -63,6 +63,33 @@ def read_roots(path: Path, option: str) -> bytes:
     except MalformedBundle as error:
         raise TrustError(f"{error}; {advice}") from error
     return text
+
+
+def roots_of(store: Path) -> bytes:
+    """The roots of the authority at `store`, as PEM. Opens no key. Raises TrustError."""
+    from pki.authority import certificates_pem  # 20 MiB that a pod with a file of roots does not need
+    from pki.store import StoreError, load_trusted
+
+    try:
+        roots = load_trusted(store)
+    except StoreError as error:
+        raise TrustError(str(error)) from error
+    if not roots:
+        raise TrustError(
+            f"{store}: no root there to be trusted; copy roots/ from where the authority was made, or import it with "
+            "--root FILE into another directory"
+        )
+    return certificates_pem(*roots)
+
+
+def make_files(directory: str, roots: bytes, public: bytes) -> dict[str, bytes]:
+    """`trust_files`, for whoever writes them. Raises TrustError."""
+    try:
+        return trust_files(directory, roots, public)
+    except MalformedBundle as error:
+        raise TrustError(f"the trust bundle: {error}") from error
+    except UnusableDirectory as error:
+        raise TrustError(str(error)) from error
 
 
 def write_trust(directory: Path, files: Mapping[str, bytes]) -> tuple[str, ...]:

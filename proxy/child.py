@@ -72,11 +72,14 @@ def raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
 
 
-def leave_no_core() -> None:
-    """A crash of this process, or of one that it starts, leaves no image of its memory: keys would stand in it."""
+def leave_no_core(*, for_good: bool = True) -> None:
+    """A crash of this process, or of one that it starts, leaves no image of its memory: keys would stand in it.
+
+    for_good  none of them may raise the limit again
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_CORE)
     limit = _NO_CORE if hard == resource.RLIM_INFINITY else min(hard, _NO_CORE)
-    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (limit, limit if for_good else hard))
 
 
 def memory(content: bytes, name: str) -> IO[bytes]:

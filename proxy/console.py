@@ -109,7 +109,7 @@ class Console:
             self._print((" " * indent + padded).rstrip())
 
     def _print(self, text: str) -> None:
-        click.echo(_printable(text), file=self._stream)
+        click.echo(printable(text), file=self._stream)
 
 
 def stop(message: str, exit_code: int) -> NoReturn:
@@ -139,10 +139,10 @@ def _text(spans: Iterable[Span]) -> rich.text.Text:
 
     text = Text()
     for span in spans:
-        text.append(_printable(_plain(span)), style="" if isinstance(span, str) else span[1].value)
+        text.append(printable(_plain(span)), style="" if isinstance(span, str) else span[1].value)
     return text
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """A name or path from outside must not move the cursor, recolour the screen or forge a line of the report."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -42,7 +42,7 @@ def outside(policy: Policy, workload: str | None, domains: Collection[str] | Non
             rule.place,
             f'"{rule.pattern}" is inspected, and the constraints of the issuing CA leave it out: no client would '
             "accept a certificate for it",
-            "renew the issuing CA: outgate pki rotate issuing --constrain-to POLICY",
+            "replace the issuing CA: outgate pki rotate issuing --pki DIR --constrain-to POLICY",
         )
         for rule in rules
     ]

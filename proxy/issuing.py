@@ -16,9 +16,8 @@ if TYPE_CHECKING:  # the supervisor holds no cryptography, and `run` forks befor
     from policies.errors import Problem
     from policies.index import Policy
 
-ROTATE_AT = 2 / 3  # of a life; what is left of a year is four months, in which somebody will have time
 DAY_S = 86_400.0
-REPAIR = "renew it: outgate pki rotate issuing"
+REPAIR = "replace it: outgate pki rotate issuing --pki DIR"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class Issuers:
     text         as `pki.issuers` writes them, with their keys; empty where it has no business
     digest       of the text: tells them from others
     ids          of their certificates
-    due          POSIX seconds: from when on the first of them should be renewed
+    due          POSIX seconds: from when on the first of them should be replaced
     expires      POSIX seconds: when the first of them expires
     constraints  the domains that one of them permits, for each that is limited by name constraints
     """
@@ -57,18 +56,19 @@ class Issuers:
 
 def describe(issuers: Sequence[Issuing]) -> Issuers:
     """What there is to know of `Authority.issuers`."""
-    from pki.authority import certificate_id, permitted_domains
+    from pki.authority import certificate_id
+    from pki.constraints import permitted_domains
     from pki.issuers import issuers_text
+    from pki.plan import two_thirds
 
     text = issuers_text(issuers)
     certificates = [issuer.certificate for issuer in issuers]
-    lives = [(one.not_valid_before_utc.timestamp(), one.not_valid_after_utc.timestamp()) for one in certificates]
     return Issuers(
         text=text,
         digest=hashlib.sha256(text.encode()).hexdigest(),
         ids=tuple(map(certificate_id, certificates)),
-        due=min(before + ROTATE_AT * (after - before) for before, after in lives),
-        expires=min(after for _, after in lives),
+        due=min(two_thirds(one, one.not_valid_after_utc).timestamp() for one in certificates),
+        expires=min(one.not_valid_after_utc.timestamp() for one in certificates),
         constraints=tuple(dict.fromkeys(filter(None, map(permitted_domains, certificates)))),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import glob
 import os
 import shutil
 import sys
@@ -32,6 +33,7 @@ from proxy.service.watch import Watch
 
 if TYPE_CHECKING:  # nothing that starts a thread or an event loop may be loaded before the fork
     from pki.authority import Authority
+    from pki.key_uri import KeyUri
     from proxy.record import Record
     from proxy.runtime import Gate, Settings
     from proxy.sandbox import Ports, Sandbox
@@ -63,10 +65,12 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
     options = _with_workload(options, policy)
     assert options.workload is not None
     require_served(policy, options.workload)
-    store = Watch((), options.pki)  # from before it is read: what comes later is news
+    # Followed by its real path: a link to it is the command's to change.
+    directory = os.path.realpath(options.pki) if options.pki else None
+    store = Watch((), directory)  # from before it is read: what comes later is news
     authority = load_authority(options.pki) if options.pki else new_authority()
     issuers = describe(authority.issuers)
-    renewals = Renewals(policy, options.workload, issuers, store, options.pki)
+    renewals = Renewals(policy, options.workload, issuers, store, directory)
     settings = settings_of(options, lambda: issuers.text)
     environment = _environment(options, authority, settings, trust)
     if proxy_env:
@@ -76,13 +80,18 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
         return run_advisory(policy, settings, command, environment, told, renewals)
     from proxy.sandbox import launch
 
-    hidden = [options.pki] if options.pki else []  # the authority's keys are the user's to read, not the command's
+    tokens = _tokens(authority)
+    store_places = _places(directory) if directory else []
+    # The authority's keys are the user's to read, not the command's.
+    hidden = [*store_places, *(str(token.pin_source) for token in tokens if token.pin_source)]
     ports = _ports(policy, options.workload)
     if options.log:
         _create(options.log)
-    # What the gate still reads while the command runs, and the record of it.
+    # What the gate still reads or loads while the command runs, and the record of it. A store that the command could
+    # put in the place of ours might name a PKCS#11 library, which the gate would run outside.
     named = (settings.upstream_ca, options.log, *map(os.environ.get, OPENSSL_VARIABLES))
-    kept = [*own_code.places(), *options.paths, *options.tags, *filter(None, named)]
+    modules = (str(token.module) for token in tokens)
+    kept = [*own_code.places(), *options.paths, *options.tags, *filter(None, named), *store_places, *modules]
     with launch(command, ports=ports, environment=environment, hide=hidden, keep=kept) as sandbox:
         return asyncio.run(_serve(policy, settings, sandbox, options.log, renewals))
 
@@ -168,6 +177,19 @@ class Told:
             self._log.close()
         for line in self._summary.lines():
             print(line, file=sys.stderr)
+
+
+def _places(store: str) -> list[str]:
+    """The store, and what stands in it: a folder may be a link to another place."""
+    return [store, *(path for depth in ("*", "*/*") for path in glob.glob(os.path.join(glob.escape(store), depth)))]
+
+
+def _tokens(authority: Authority) -> list[KeyUri]:
+    """Where those of its keys are that no file holds."""
+    from pki.key_uri import parse_uri
+
+    keys = [*(root.key for root in authority.roots), *(one.key for one in authority.issuing)]
+    return [parse_uri(uri) for key in keys if (uri := getattr(key, "uri", None))]  # as `pki/signer.py` makes them
 
 
 def _create(log: str) -> None:

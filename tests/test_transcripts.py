@@ -1,8 +1,8 @@
 """What the documents show of a terminal is what a terminal shows.
 
-An indented block whose first line begins with `$ ` is a transcript: commands and what they print, errors included. The
-transcripts of a page run in order, in one shell, in a directory of their own, which the pages call /srv. A line of three
-dots is any number of lines, and three dots at a line's end are the rest of it. What differs from run to run
+An indented block whose first line begins with `$ ` is a transcript: commands and what they print, errors included.
+The transcripts of a page run in order, in one shell, in a directory of their own, which the pages call /srv. A line of
+three dots is any number of lines, and three dots at a line's end are the rest of it. What differs from run to run
 (identifiers, fingerprints, dates) is compared by its form.
 """
 

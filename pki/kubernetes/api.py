@@ -245,7 +245,7 @@ def _faults(path: str) -> Iterator[None]:
         raise ApiFault(f"{path}: no answer in time") from error
     except (ConfigError, httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
         raise ApiFault(f"{path}: {_one_line(error)}") from error
-    except (ValueError, KeyError, RecursionError) as error:  # no JSON, from the server or from an exec plugin
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # no JSON, from the server or an exec plugin
         raise ApiFault(f"{path}: an answer that cannot be read: {_one_line(error)}") from error
 
 

@@ -163,4 +163,5 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _give_way() -> None:
     with suppress(OSError):  # where that is forbidden, verifying only is less polite
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _NICENESS)

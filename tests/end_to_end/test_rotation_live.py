@@ -275,7 +275,9 @@ def test_an_issuing_ca_whose_constraints_leave_an_inspected_name_out_is_not_take
         former = newest(store)
         renew_issuing(store, permitted=["elsewhere.test"])
         it.send(signal.SIGHUP)
-        it.hears('policy.yaml:5.*"api.test" is inspected, and the constraints .* rotate issuing --constrain-to POLICY')
+        it.hears(
+            'policy.yaml:5.*"api.test" is inspected, and the constraints .* rotate issuing .*--constrain-to POLICY'
+        )
         assert shown_by(it, roots) == former
         renew_issuing(store, permitted=["api.test"])
         it.send(signal.SIGHUP)
@@ -289,7 +291,7 @@ def test_an_issuing_ca_that_expired_is_told_of_and_nothing_is_inspected_until_th
     end = load(store).issuer.certificate.not_valid_after_utc
     roots = [root.certificate for root in load(store).roots]
     with Service(tmp_path, HEAD + INSPECTED, *options) as it:
-        it.hears(rf"the issuing CA expired on {end.date()}, and inspected connections are refused; renew it: outgate")
+        it.hears(rf"the issuing CA expired on {end.date()}, and inspected connections are refused; replace it: outgate")
         assert it.metric("outgate_issuing_expiry_timestamp_seconds") == end.timestamp()
         with pytest.raises(ssl.SSLError, match="INTERNAL_ERROR"):
             Client(it, roots)
@@ -362,6 +364,14 @@ def secrets_of(store: Path) -> set[bytes]:
         encoded = base64.b64encode(number)[:-4]
         found |= {number, number[::-1], number.hex().encode(), number.hex().upper().encode(), encoded}
     return found
+
+
+def limits_of(pid: int) -> str:
+    """Empty: it is gone."""
+    try:
+        return Path(f"/proc/{pid}/limits").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def everything_of(service: Service, directory: Path) -> Iterator[tuple[str, bytes]]:
@@ -447,9 +457,9 @@ def test_no_key_is_seen_anywhere_whatever_fails(
         seen = [*(one for found in watched.values() for one in found), *everything_of(it, tmp_path)]
         assert any(place.startswith("/proc/") and "->" in place for place, _ in seen)
         assert {place for place, text in seen if any(key in text for key in keys)} == set()
-        for pid in (it.process.pid, *it.processes()):
-            limits = Path(f"/proc/{pid}/limits").read_text()
-            assert re.search(r"Max core file size +[01] +[01] ", limits), limits
+        limited = [limits for pid in (it.process.pid, *it.processes()) if (limits := limits_of(pid))]
+        assert len(limited) >= 5  # a supervisor, two workers, two inspectors; a compiler may be about to end
+        assert [limits for limits in limited if not re.search(r"Max core file size +[01] +[01] ", limits)] == []
         assert list(tmp_path.glob("core*")) == []
         assert any(
             "PRIVATE KEY" in path.read_text() for path in store.rglob("ca.key")

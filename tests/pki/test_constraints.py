@@ -17,16 +17,13 @@ from pki.authority import (
     Issuing,
     Root,
     certificates_pem,
-    covers,
     create_authority,
     create_issuing,
     create_root,
     cross_sign,
     issue_leaf,
-    name_constraints,
-    permitted_domains,
 )
-from pki.constraints import MAX_CONSTRAINTS, outermost
+from pki.constraints import MAX_CONSTRAINTS, covers, name_constraints, outermost, permitted_domains
 from tests.pki.clients import PYTHON, program, run, serving
 from tests.pki.oracle import accepts, forge_leaf, openssl_refusal, verify
 from tests.pki.test_authority_clients import JAVA_PROBE

@@ -7,7 +7,7 @@ import pytest
 from cryptography import x509
 
 from pki.authority import YEAR, Authority, Issuing, Line, Root, create_authority, create_issuing, create_root
-from pki.plan import Due, Step, Urgency, plan
+from pki.plan import Due, Step, plan
 from pki.rotation import SOAK, activate_issuing, activate_root, stage_issuing, stage_root
 
 NOW = datetime(2026, 11, 22, 12, 30, tzinfo=UTC)
@@ -34,18 +34,6 @@ def test_a_ca_is_replaced_after_two_thirds_of_its_life() -> None:
         Due(Step.STAGE_ISSUING, issuing, Line.MAIN, two_thirds(issuing), issuing.not_valid_after_utc),
         Due(Step.STAGE_ROOT, root, Line.MAIN, two_thirds(root), root.not_valid_after_utc),
     )
-
-
-def test_a_step_is_due_and_then_late() -> None:
-    due = plan(AUTHORITY, NOW)[0]
-    assert due.late is not None
-    assert [due.urgency(at) for at in (due.due - SECOND, due.due, due.late - SECOND, due.late)] == [
-        Urgency.LATER,
-        Urgency.DUE,
-        Urgency.DUE,
-        Urgency.LATE,
-    ]
-    assert replace(due, late=None).urgency(due.late) is Urgency.DUE
 
 
 def test_what_is_staged_can_be_activated_and_what_is_retiring_be_retired() -> None:

@@ -26,17 +26,15 @@ from pki.authority import (
     create_key,
     create_root,
     issue_leaf,
-    permitted_domains,
 )
-from pki.chains import path_from
-from pki.constraints import constraints_of
+from pki.chains import is_signed_by, path_from
+from pki.constraints import constraints_of, permitted_domains
 from pki.profile import digest_for, unsigned_ca
 from pki.rotation import (
     SOAK,
     NotNow,
     activate_issuing,
     activate_root,
-    is_signed_by,
     kind_of,
     retire_issuing,
     retire_root,
@@ -199,7 +197,7 @@ def test_a_retired_root_leaves_no_trace() -> None:
 
 def test_a_root_is_retired_when_workloads_had_time_for_the_next_one() -> None:
     almost = LATER + SOAK - timedelta(seconds=1)
-    with pytest.raises(NotNow, match="since 2026-12-22 12:30 UTC; wait for 7 days in all, or say not to wait"):
+    with pytest.raises(NotNow, match="since 2026-12-22 12:30 UTC, and they are given 7 days"):
         retire_root(ACTIVATED_ROOT, almost)
     assert retire_root(ACTIVATED_ROOT, almost, soak=timedelta(0)) == retire_root(ACTIVATED_ROOT, LATER + SOAK)
     unknown = replace(ACTIVATED_ROOT, roots=tuple(replace(root, since=None) for root in ACTIVATED_ROOT.roots))

@@ -25,14 +25,13 @@ from pki.authority import (
     create_root,
     is_ending,
 )
-from pki.chains import is_self_signed, own_chain
+from pki.chains import is_self_signed, is_signed_by, own_chain
 from pki.plan import Step, plan
 from pki.rotation import (
     SOAK,
     NotNow,
     activate_issuing,
     activate_root,
-    is_signed_by,
     retire_issuing,
     retire_root,
     root_of,

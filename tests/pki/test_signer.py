@@ -300,7 +300,7 @@ def test_what_is_not_there_is_told_in_one_line(hsm: SoftHsm, different: dict[str
 def test_a_missing_key_is_told_to_who_is_logged_in_too(hsm: SoftHsm, root: CaKey) -> None:
     assert isinstance(root, RemoteEcKey)
     root.prove()
-    with pytest.raises(SignerError, match=r"no such private key in the token$"):
+    with pytest.raises(SignerError, match=r"no such private key in the token; make it there, or correct its name$"):
         open_key(hsm.uri(TOKEN, "nothing"))
     root.prove()
 
@@ -308,7 +308,7 @@ def test_a_missing_key_is_told_to_who_is_logged_in_too(hsm: SoftHsm, root: CaKey
 @pytest.mark.client
 def test_without_a_pin_the_repair_is_told(hsm: SoftHsm) -> None:
     end_module(hsm)
-    with pytest.raises(SignerError, match="or none that is seen without a PIN; give pin-source"):
+    with pytest.raises(SignerError, match="or give pin-source, where it is not seen without a PIN"):
         open_key(hsm.uri(TOKEN, "root", pin=None))
 
 

@@ -15,16 +15,9 @@ from typing import Any
 import pytest
 
 from pki.authority import Authority, certificate_id, create_authority, issue_leaf
+from pki.chains import is_signed_by
 from pki.files import write_file
-from pki.rotation import (
-    activate_issuing,
-    activate_root,
-    is_signed_by,
-    retire_issuing,
-    retire_root,
-    stage_issuing,
-    stage_root,
-)
+from pki.rotation import activate_issuing, activate_root, retire_issuing, retire_root, stage_issuing, stage_root
 from pki.store import StoreError, changing, load, load_issuers, load_trusted, save, survey
 from tests.pki.test_store import AUTHORITY, ISSUING, ISSUING_ID, LATER, NOW, OTHER, change, contents, keys, same
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pki.authority import create_authority, permitted_domains
+from pki.authority import create_authority
+from pki.constraints import permitted_domains
 from policies.hostnames import Hostname, parents
 from policies.model import Tls
 from proxy.inspected_names import inspected_domains, outside
@@ -115,7 +116,8 @@ def test_a_rule_outside_is_a_line_with_place_and_repair() -> None:
     (problem,) = outside(rules("- {host: a.example, tls: inspect}"), "app", ["b.example"])
     assert str(problem) == (
         'p.yaml:5:9: "a.example" is inspected, and the constraints of the issuing CA leave it out: no client would '
-        "accept a certificate for it; renew the issuing CA: outgate pki rotate issuing --constrain-to POLICY"
+        "accept a certificate for it; replace the issuing CA: "
+        "outgate pki rotate issuing --pki DIR --constrain-to POLICY"
     )
 
 

@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from pki.authority import KeyKind, certificate_id, create_key, fingerprint, key_pem, permitted_domains
+from pki.authority import KeyKind, certificate_id, create_key, fingerprint, key_pem
+from pki.constraints import permitted_domains
 from pki.rotation import kind_of
 from pki.store import load, load_issuers
 from proxy.commands.pki import pki

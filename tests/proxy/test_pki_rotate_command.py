@@ -14,17 +14,8 @@ from typing import Any
 import pytest
 from cryptography.x509 import Certificate
 
-from pki.authority import (
-    Authority,
-    KeyKind,
-    State,
-    certificate_id,
-    create_authority,
-    create_key,
-    issue_leaf,
-    key_pem,
-    permitted_domains,
-)
+from pki.authority import Authority, KeyKind, State, certificate_id, create_authority, create_key, issue_leaf, key_pem
+from pki.constraints import permitted_domains
 from pki.rotation import activate_root, stage_root
 from pki.store import load, load_issuers, load_trusted, save
 from tests.pki.clients import program
@@ -234,7 +225,7 @@ def test_an_offline_root_signs_only_with_its_key_lent_which_stays_out_of_the_sto
     said = refused(store, "issuing", code=3)
     assert said.count("\n") == 1
     assert "has no key here" in said
-    assert "--root-key lends an offline root's" in said
+    assert "or lend it with --root-key" in said
     rotate(store, "issuing", "--root-key", str(offline))
     assert load(store).roots[0].key is None
     assert list((store / "roots").glob("*/ca.key")) == []

@@ -50,16 +50,18 @@ def test_bundle_writes_a_trust_directory_once(pki: str, authority: Authority, tm
     trust = tmp_path / "trust"
     first = invoke("trust", "bundle", "--pki", pki, "--to", str(trust))
     assert (first.exit_code, first.stderr) == (0, "")
-    names = "ca.crt bundle.pem truststore.jks wgetrc outgate.ini env.sh manifest.json"
+    names = "ca.crt, bundle.pem, truststore.jks, wgetrc, outgate.ini, env.sh, manifest.json"
     assert first.stdout == f"{trust}: wrote {names}\n"
     assert (trust / "ca.crt").read_bytes() == certificates_pem(*authority.trusted)
-    assert invoke("trust", "bundle", "--pki", pki, "--to", str(trust)).stdout == f"{trust}: nothing to write\n"
+    assert invoke("trust", "bundle", "--pki", pki, "--to", str(trust)).stdout == f"{trust}: as it should be\n"
 
 
 def test_two_directories_for_the_same_place_are_the_same_bytes(pki: str, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        result = invoke("trust", "bundle", "--pki", pki, "--to", str(tmp_path / name), "--at", "/trust", "--json")
-        assert json.loads(result.stdout)["at"] == "/trust"
+        result = invoke(
+            "trust", "bundle", "--pki", pki, "--to", str(tmp_path / name), "--mount-path", "/trust", "--json"
+        )
+        assert json.loads(result.stdout)["mount_path"] == "/trust"
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert (tmp_path / "one" / "wgetrc").read_text() == "ca_certificate = /trust/bundle.pem\n"
@@ -85,7 +87,7 @@ FAULTS = [
     pytest.param(["--pki", "PKI", "--to", "file/trust"], "choose a directory you may write", id="no directory"),
     pytest.param(["--pki", "PKI", "--to", "trust", "--public", "gone.pem"], "PEM bundle in --public", id="no file"),
     pytest.param(["--pki", "PKI", "--to", "trust", "--public", "file"], "no CERTIFICATE in it", id="no roots"),
-    pytest.param(["--pki", "PKI", "--to", "trust", "--at", "trust"], "write it from /", id="relative place"),
+    pytest.param(["--pki", "PKI", "--to", "trust", "--mount-path", "trust"], "write it from /", id="relative place"),
     pytest.param(["--pki", "PKI", "--to", "a:b"], "has a colon", id="colon"),
 ]
 
@@ -216,7 +218,7 @@ def test_nothing_of_this_environment_enters_another_machines(
     spelling: str, pki: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(JAVA, "-javaagent:/here/agent.jar")
-    words = ["trust", "env", "--pki", pki, "--to", str(tmp_path), "--at", "/trust", "--format", spelling]
+    words = ["trust", "env", "--pki", pki, "--to", str(tmp_path), "--mount-path", "/trust", "--format", spelling]
     result = invoke(*words)
     assert "agent" not in result.stdout
     assert "/trust/truststore.jks" in result.stdout
@@ -407,4 +409,4 @@ def test_help_shows_an_example_and_loads_no_cryptography(command: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"outgate trust {command}" in done.stdout
-    assert "Example:" in done.stdout
+    assert "Example" in done.stdout

@@ -28,18 +28,30 @@ EPILOG = "\b\nExample:\n  outgate pki init --pki pki\n  outgate run -p policy.ya
 
 def pki_option[F: Callable[..., Any]](command: F) -> F:  # Any: click's own type of what it decorates
     """`--pki DIR` as `directory`."""
+    return _pki_option("Where the authority stands.", required=True)(command)
+
+
+def optional_pki_option[F: Callable[..., Any]](purpose: str) -> Callable[[F], F]:  # Any: as above
+    """`--pki DIR` as `directory`, or None."""
+    return _pki_option(purpose, required=False)
+
+
+def _pki_option[F: Callable[..., Any]](purpose: str, *, required: bool) -> Callable[[F], F]:  # Any: as above
     return click.option(
         "--pki",
         "directory",
-        required=True,
+        required=required,
         envvar="OUTGATE_PKI",
         show_envvar=True,
         metavar="DIR",
         type=click.Path(path_type=Path),
-        help="Where the authority stands.",
-    )(command)
+        help=purpose,
+    )
 
 
 @click.group(cls=lazy_group(COMMANDS), epilog=EPILOG)
 def pki() -> None:
     """Keep the authority that inspection needs."""
+    from proxy.child import leave_no_core
+
+    leave_no_core(for_good=False)  # of a command that holds the key of a root

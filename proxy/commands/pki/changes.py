@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pki.authority import certificate_id
 from pki.store import KeyPlace
 from proxy.commands import Json
-from proxy.commands.pki.showing import ISSUING, ROOT, ca_json, key_at, show_ca
+from proxy.commands.pki.showing import ISSUING, ROOT, ca_json, key_at, show_ca, show_more, show_name
 
 if TYPE_CHECKING:
     from pki.authority import State
@@ -57,13 +56,11 @@ def show_changes(console: Console, found: list[Changed]) -> None:
     """A line for what moved, some more for what is new; and for what is gone, where its key is."""
     for change in found:
         if change.was is None:
-            show_ca(console, change.role, change.ca, f"new, {change.ca.state}")
+            show_ca(console, change.role, change.ca.certificate, f"new, {change.ca.state}")
             continue
         state = GONE if change.is_gone else f"{change.ca.state} now"
-        ca = change.ca.certificate
-        subject = ca.subject.rfc4514_string()
-        console.line(f"{change.role:<9}{certificate_id(ca)}  {subject}  (was {change.was}, {state})", indent=2)
+        show_name(console, change.role, change.ca.certificate, f"was {change.was}, {state}")
         if change.deleted_key:
-            console.line(f"deleted {change.deleted_key}", indent=11)
+            show_more(console, f"deleted {change.deleted_key}")
         elif change.is_gone:
-            console.line(f"its key was not here and is not deleted: {key_at(change.ca) or 'offline'}", indent=11)
+            show_more(console, f"its key was not here and is not deleted: {key_at(change.ca) or 'offline'}")

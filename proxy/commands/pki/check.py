@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, YES, Json
+from proxy.commands import NO, NOT_STARTED, YES, Json, json_option
 from proxy.commands.pki.keys import password_option
 
 if TYPE_CHECKING:  # cryptography costs 80 ms, and `--help` needs none of it
@@ -45,7 +45,7 @@ Examples:
 @click.option("--key", type=click.Path(path_type=Path), metavar="FILE", help="The key, if FILE has none.")
 @click.option("--chain", type=click.Path(path_type=Path), metavar="FILE", help="Who signed it, up to the root.")
 @password_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def check(
     ctx: click.Context,
@@ -94,12 +94,11 @@ def show_faults(console: Console, place: Path, faults: Iterable[Fault]) -> None:
 
 
 def _show_fine(console: Console, file: Path, profile: str, loaded: Loaded) -> None:
-    from proxy.commands.pki.showing import stamp
+    from proxy.commands.pki.showing import expiry
     from proxy.console import Style
 
     ca = loaded.certificate
-    expires = stamp(ca.not_valid_after_utc)
-    console.line(f"{file}: ", ("fine", Style.GOOD), f" for {profile}: {ca.subject.rfc4514_string()}, expires {expires}")
+    console.line(f"{file}: ", ("fine", Style.GOOD), f" for {profile}: {ca.subject.rfc4514_string()}, {expiry(ca)}")
 
 
 def _json(file: Path, profile: str, loaded: Loaded, faults: Iterable[Fault]) -> Json:

@@ -10,16 +10,24 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from proxy.commands import json_option
+from proxy.commands.pki import optional_pki_option
+
 NAME, MOUNT_PATH, DEADLINE_S = "outgate-trust", "/etc/outgate/trust", 300.0
 
 EPILOG = """\b
-From one of --pki, --bundle and --root; no key is opened. docs/distribution.md says how pods mount it and
-which rights the job needs.
-Exit codes: 0 it stands everywhere; 1 somewhere stands one that is not ours, which is left alone; 2 usage;
-3 could not do it. With --watch: 0 when it is ended, 3 when it cannot start.
+From one of --pki, --bundle and --root; no key is opened. docs/distribution.md says how pods mount it and which rights
+the job needs.
 
 \b
-Example:
+Exit codes: 0 it stands everywhere; 1 somewhere stands one that is not ours, which is left alone; 2 usage; 3 could not
+do it. With --watch: 0 when it is ended, 3 when it cannot start.
+JSON keys: directory written[], or name outcomes places[namespace outcome because]; with --watch one line for each
+change: time name namespace outcome because
+  outcome is written, restored, unchanged, removed, refused, failed or gone; namespace is null for a ClusterTrustBundle
+
+\b
+Examples:
   outgate pki distribute --pki pki --to dir /srv/trust
   outgate pki distribute --pki pki --to kubernetes --selector outgate.example/inspected=true
   outgate pki distribute --root /outgate/roots/ca.crt --to kubernetes --watch --ready-file /tmp/ready
@@ -46,14 +54,7 @@ def dns_name(pattern: re.Pattern[str]) -> Callable[[click.Context, click.Paramet
 
 
 @click.command(epilog=EPILOG)
-@click.option(
-    "--pki",
-    envvar="OUTGATE_PKI",
-    show_envvar=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Roots of this authority.",
-)
+@optional_pki_option("Roots of this authority.")
 @click.option(
     "--bundle",
     metavar="DIR",
@@ -77,7 +78,7 @@ def dns_name(pattern: re.Pattern[str]) -> Callable[[click.Context, click.Paramet
 @click.option(
     "--mount-path", metavar="PATH", help=f"Where programs see the files.  [default: PATH of dir, else {MOUNT_PATH}]"
 )
-@click.option("--json", "is_json", is_flag=True, help="One JSON object; with --watch one line for each change.")
+@json_option
 @click.option(
     "--selector",
     metavar="LABELS",
@@ -136,15 +137,16 @@ def distribute(
         raise click.UsageError(f"--to kubernetes takes no PATH ({path})")
     _require_consistent(watch, said)
 
-    from pki.distributing import Source
+    from pki.bundle_source import Source
     from proxy.commands.pki.distributing import Orders, to_directory, to_kubernetes
 
     source = Source(pki=pki, bundle=said["bundle"], roots=said["roots"], public=said["public"])
     orders = Orders(
         source=source,
+        path=path,
         mount_path=mount_path or MOUNT_PATH,
         watch=watch,
-        is_json=said["is_json"],
+        as_json=said["as_json"],
         ready_file=said["ready_file"],
     )
     if path is not None:
@@ -165,9 +167,9 @@ def distribute(
 def _chosen_store(context: click.Context) -> Path | None:
     """The store, unless the bundle comes from elsewhere. OUTGATE_PKI, which many commands read, gives way."""
     elsewhere = [name for name in ("bundle", "roots") if context.params[name] is not None]
-    if elsewhere and context.get_parameter_source("pki") is not ParameterSource.COMMANDLINE:
-        context.params["pki"] = None
-    pki: Path | None = context.params["pki"]
+    if elsewhere and context.get_parameter_source("directory") is not ParameterSource.COMMANDLINE:
+        context.params["directory"] = None
+    pki: Path | None = context.params["directory"]
     if (pki is not None) + len(elsewhere) != 1:
         raise click.UsageError("name where the bundle comes from: one of --pki, --bundle and --root")
     return pki

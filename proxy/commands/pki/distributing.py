@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pki.distributing import NoBundle, Source
+from pki.bundle_source import Source
 from pki.trust import TrustError, write_trust
 from proxy.commands import NO, NOT_STARTED, YES, Json
+from proxy.commands.trust.bundle import written
 from proxy.console import Console, stop
 from proxy.options import say
 from proxy.service.watch import Watch
@@ -35,20 +36,22 @@ type Files = Mapping[str, bytes]
 class Orders:
     """What both ways have in common.
 
+    path        the directory to write to; None: it goes to Kubernetes
     mount_path  where programs find the files
     watch       stay, and keep the bundle there
     ready_file  is there while it stands everywhere
     """
 
     source: Source
+    path: Path | None
     mount_path: str
     watch: bool
-    is_json: bool
+    as_json: bool
     ready_file: Path | None
 
     def read(self) -> Files:
-        """Raises NoBundle."""
-        return self.source.read(self.mount_path, os.environ)
+        """Raises TrustError."""
+        return self.source.read(self.mount_path, os.environ, self.path)
 
     def ready(self, is_ready: bool) -> None:
         if self.ready_file is None:
@@ -76,7 +79,7 @@ class Changes:
             self._watch = self._new_watch()
             try:
                 return self._orders.read()
-            except NoBundle as error:
+            except TrustError as error:
                 say(f"{error}; the former bundle stays")
 
     def _new_watch(self) -> Watch:
@@ -95,7 +98,7 @@ def to_directory(orders: Orders, path: Path) -> int:
 
     try:
         return _until_ended(work(), orders)
-    except (NoBundle, TrustError) as error:
+    except TrustError as error:
         stop(str(error), NOT_STARTED)
 
 
@@ -118,7 +121,7 @@ def to_kubernetes(orders: Orders, aim: Aim, kubeconfig: str | None, context: str
 
     try:
         return _until_ended(work(), orders)
-    except (NoBundle, NoCluster, ApiFault, BundleTooLarge) as error:
+    except (TrustError, NoCluster, ApiFault, BundleTooLarge) as error:
         stop(str(error), NOT_STARTED)
 
 
@@ -161,10 +164,10 @@ def _until_ended(work: Coroutine[None, None, int], orders: Orders) -> int:
 
 
 def _show_written(path: Path, names: Sequence[str], orders: Orders) -> None:
-    if orders.is_json:
+    if orders.as_json:
         click.echo(json.dumps({"directory": str(path), "written": list(names)}))
     else:
-        click.echo(f"{path}: wrote {', '.join(names)}" if names else f"{path}: as it should be")
+        Console().line(written(path, names))
 
 
 def _show_once(told: Sequence[Told], aim: Aim, orders: Orders) -> int:
@@ -172,7 +175,7 @@ def _show_once(told: Sequence[Told], aim: Aim, orders: Orders) -> int:
     from pki.kubernetes.placing import Outcome
 
     outcomes = Counter(one.outcome for one in told)
-    if orders.is_json:
+    if orders.as_json:
         counts = {outcome.value: outcomes[outcome] for outcome in Outcome if outcomes[outcome]}
         click.echo(json.dumps({"name": aim.name, "outcomes": counts, "places": [_told_json(one) for one in told]}))
     else:
@@ -199,7 +202,7 @@ def _show_change(told: Told, aim: Aim, orders: Orders) -> None:
 
     if told.outcome in (Outcome.UNCHANGED, Outcome.GONE):
         return
-    if orders.is_json:
+    if orders.as_json:
         now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         click.echo(json.dumps({"time": now, "name": aim.name, **_told_json(told)}))
     else:

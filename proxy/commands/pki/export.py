@@ -13,19 +13,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, Json
+from proxy.commands import NO, NOT_STARTED, Json, json_option
 from proxy.commands.pki import pki_option
 from proxy.commands.pki.keys import KEY, lend, password_option
-from proxy.commands.pki.showing import certificate_json, expiry
-from proxy.commands.pki.take import organisation
+from proxy.commands.pki.showing import ROOT, certificate_json, show_ca
 
 if TYPE_CHECKING:  # cryptography costs 80 ms, and `--help` needs none of it
     from datetime import datetime
 
-    from cryptography.x509 import Certificate
-
     from pki.authority import Authority, Issuing, Root
-    from proxy.console import Console
 
 AZURE, AWS = "azure-firewall", "aws-nfw"
 CERTIFICATE, CHAIN, PRIVATE_KEY = "certificate.pem", "chain.pem", "private-key.pem"
@@ -73,7 +69,7 @@ class Issued:
 )
 @click.option("--root-key", metavar=KEY, help="The root's key, where it is kept offline.")
 @password_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def export(
     directory: Path,
     profile: str,
@@ -125,6 +121,7 @@ def _issue(
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     from pki.authority import YEAR, KeyKind, create_issuing
+    from pki.profile import organisation_of
     from proxy.console import stop
 
     authority, root, is_new = _root(authority, now, root_rsa=root_rsa)
@@ -134,7 +131,7 @@ def _issue(
     ca = create_issuing(
         root,
         now,
-        name=organisation(root.certificate),
+        name=organisation_of(root.certificate),
         life=years * YEAR,
         kind=KeyKind.RSA_4096 if profile == AZURE else aws_kind,
         path_length=1 if profile == AZURE else 0,
@@ -148,6 +145,7 @@ def _root(authority: Authority, now: datetime, *, root_rsa: bool) -> tuple[Autho
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     from pki.authority import AuthorityError, KeyKind, Line, State, create_root
+    from pki.profile import organisation_of
 
     active = [root for root in authority.roots if root.state is State.ACTIVE]
     if not active:
@@ -157,7 +155,7 @@ def _root(authority: Authority, now: datetime, *, root_rsa: bool) -> tuple[Autho
     for root in active:
         if isinstance(root.certificate.public_key(), rsa.RSAPublicKey):
             return authority, root, False
-    name = organisation(active[0].certificate)
+    name = organisation_of(active[0].certificate)
     made = create_root(now, name=name, kind=KeyKind.RSA_4096, line=Line.RSA)
     return replace(authority, roots=(*authority.roots, made)), made, True
 
@@ -239,9 +237,9 @@ def _show(directory: Path, profile: str, to: Path, issued: Issued) -> None:
     where, file = shlex.quote(str(directory)), shlex.quote(str(to))
     console.line(f"issued a CA for {profile}: {to} has its key, and {directory} has not")
     console.blank()
-    _show_certificate(console, "CA", issued.ca.certificate, f"what {profile} signs with")
+    show_ca(console, "CA", issued.ca.certificate, f"what {profile} signs with")
     is_new = "; made now, so no bundle has it yet" if issued.root_is_new else ""
-    _show_certificate(console, "root", issued.root.certificate, f"what workloads must trust{is_new}")
+    show_ca(console, ROOT, issued.root.certificate, f"what workloads must trust{is_new}")
     console.blank()
     console.line("next:")
     console.line("# have every workload trust the root before the firewall signs", indent=2)
@@ -262,12 +260,3 @@ def _show(directory: Path, profile: str, to: Path, issued: Issued) -> None:
     console.code([f"aws acm import-certificate {given}"], indent=2)
     console.line("# the only other copy of the key", indent=2)
     console.code([f"rm {shlex.quote(str(to / PRIVATE_KEY))}"], indent=2)
-
-
-def _show_certificate(console: Console, role: str, certificate: Certificate, purpose: str) -> None:
-    from pki.authority import certificate_id, fingerprint
-
-    subject = certificate.subject.rfc4514_string()
-    console.line(f"{role:<9}{certificate_id(certificate)}  {subject}  ({purpose})", indent=2)
-    console.line(expiry(certificate), indent=11)
-    console.line(f"SHA-256 {fingerprint(certificate)}", indent=11)

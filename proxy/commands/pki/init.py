@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, USAGE, Json
+from proxy.commands import NO, NOT_STARTED, USAGE, Json, json_option
 from proxy.commands.pki import pki_option
 from proxy.commands.pki.constraints import constrain_options, permitted_by
 from proxy.commands.pki.keys import KEY, is_remote, password_option, read_keys, remove_unused_keys, write_keys
@@ -57,7 +57,7 @@ Examples:
 @click.option("--root-key", metavar=KEY, help="Where the root's key is, or is to be made.")
 @click.option("--issuing-key", metavar=KEY, help="The issuing CA's key, instead of a new one.")
 @password_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def init(
     directory: Path,
     name: str,
@@ -162,12 +162,15 @@ def _show(directory: Path, offline: Path | None, *, is_new: bool) -> None:
     console.blank()
     for root, issuing in zip(found.roots, found.issuing, strict=True):
         for_whom = ", old clients too" if root.line is Line.RSA else ""
-        show_ca(console, "root", root, f"what workloads trust{for_whom}")
-        show_ca(console, "issuing", issuing, f"what the gate signs with{for_whom}")
+        show_ca(console, ROOT, root.certificate, f"what workloads trust{for_whom}")
+        show_ca(console, ISSUING, issuing.certificate, f"what the gate signs with{for_whom}")
     console.blank()
     console.line("next:")
-    console.line("# inspect with it", indent=2)
-    console.code([f"outgate run -p POLICY -w WORKLOAD --pki {shlex.quote(str(directory))} -- COMMAND"], indent=2)
+    where = shlex.quote(str(directory))
+    console.line("# inspect what a command says", indent=2)
+    console.code([f"outgate run -p POLICY -w WORKLOAD --pki {where} -- COMMAND"], indent=2)
+    console.line("# have workloads trust the root before a gate that serves inspects them", indent=2)
+    console.code([f"outgate trust bundle --pki {where} --to trust"], indent=2)
     if offline:
         made = "was made and " if is_new else ""
         console.line(f"# {offline} {made}has the root's key, and {directory} has not: keep it safe", indent=2)

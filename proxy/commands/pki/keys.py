@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pki.key_uri import SCHEME
+from pki.layout import STATE
 from proxy.commands import NOT_STARTED
 
 if TYPE_CHECKING:  # cryptography costs 80 ms, and `--help` needs none of it
     from pki.authority import Authority, CaKey, Root
 
-REMOTE = "pkcs11:"
-KEY = "FILE|pkcs11:URI"  # how --help shows it
+KEY = f"FILE|{SCHEME}URI"  # how --help shows it
 MAX_FILE = 1 << 16  # bytes; what is longer holds no keys
-MIN_RSA = 2048  # bits; clients refuse a chain with less
-CURVES = ("secp256r1", "secp384r1", "secp521r1")
 
 
 def password_option[F: Callable[..., Any]](command: F) -> F:  # Any: click's own type of what it decorates
@@ -34,13 +33,15 @@ def password_option[F: Callable[..., Any]](command: F) -> F:  # Any: click's own
 
 
 def is_remote(source: str) -> bool:
-    return source.startswith(REMOTE)
+    """Whoever writes the scheme in another way (RFC 3986 3.1) means no file, and is told how it is written."""
+    return source.strip().lower().startswith(SCHEME)
 
 
 def read_keys(source: str, password_file: Path | None = None) -> tuple[CaKey, ...]:
     """The key at a URI, or every key in a file. There is one at least."""
     from pki.files import UnusableSecret, read_secret
     from pki.pkcs12 import Unreadable, read, read_password
+    from pki.profile import weakness
     from pki.signer import SignerError, open_key
     from proxy.console import stop
 
@@ -56,7 +57,8 @@ def read_keys(source: str, password_file: Path | None = None) -> tuple[CaKey, ..
     if not keys:
         stop(f"{source}: no key in it; name the file that holds the key", NOT_STARTED)
     for key in keys:
-        _require_strong(source, key)
+        if why := weakness(key.public_key()):
+            stop(f"{source}: {why}", NOT_STARTED)
     return keys
 
 
@@ -97,7 +99,7 @@ def remove_unused_keys(path: Path, directory: Path, roots: Iterable[Root]) -> No
         known = load_trusted(directory)
     except StoreError:
         known = ()
-        if (directory / "state.json").exists():
+        if (directory / STATE).exists():
             return
     if not any(root.certificate in known for root in roots):
         path.unlink()
@@ -112,15 +114,3 @@ def lend(authority: Authority, source: str, password_file: Path | None) -> Autho
     for key in [key for key in keys if key.public_key() in known] or keys[:1]:
         authority = with_root_key(authority, key)
     return authority
-
-
-def _require_strong(source: str, key: CaKey) -> None:
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    from proxy.console import stop
-
-    if isinstance(key, rsa.RSAPrivateKey):
-        if key.key_size < MIN_RSA:
-            stop(f"{source}: an RSA key of {key.key_size} bits; a CA's has {MIN_RSA} at least", NOT_STARTED)
-    elif key.curve.name not in CURVES:
-        stop(f"{source}: a key on {key.curve.name}; a CA's is on P-256, P-384 or P-521", NOT_STARTED)

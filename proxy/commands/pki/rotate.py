@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from proxy.commands import NO, NOT_STARTED, Json
+from proxy.commands import NO, NOT_STARTED, Json, json_option
 from proxy.commands.pki import pki_option
 from proxy.commands.pki.constraints import constrain_options
 from proxy.commands.pki.keys import KEY, password_option
-from proxy.commands.pki.showing import show_root_keys
-from proxy.commands.pki.steps import ACTIVATE, ISSUING, RETIRE, ROOT, STAGE, UNSTAGE, Said, take_step
+from proxy.commands.pki.showing import ISSUING, ROOT, moment, show_root_keys
+from proxy.commands.pki.steps import ACTIVATE, RETIRE, STAGE, UNSTAGE, Said, take_step
 from proxy.commands.pki.tasks import Task, show_tasks, tasks
 
 if TYPE_CHECKING:  # cryptography costs 80 ms, and `--help` needs none of it
@@ -75,7 +75,7 @@ MEANT_FOR: Mapping[tuple[str, str | None], tuple[str, ...]] = {  # options that 
 @password_option
 @click.option("--no-cross", is_flag=True, help="Do without the present root's key: it is lost, or not to be trusted.")
 @click.option("--force", is_flag=True, help="Do not wait a week for workloads to learn the new root.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def rotate(
     ctx: click.Context,
@@ -89,7 +89,7 @@ def rotate(
     **options: Any,  # the fields of Said, by click
 ) -> None:
     """Replace the issuing CA or the root; no client is restarted."""
-    from pki.authority import AuthorityError
+    from pki.authority import AuthorityError, KeyOffline
     from pki.rotation import NotNow
     from pki.signer import SignerError
     from pki.store import StoreError, changing, survey
@@ -110,7 +110,7 @@ def rotate(
         except NotNow as error:
             stop(f"{directory}: {error}{_when(what, step, tasks(directory, before, now), now)}", NO)
         except AuthorityError as error:
-            lending = "; --root-key lends an offline root's" if "has no key here" in str(error) else ""
+            lending = ", or lend it with --root-key" if isinstance(error, KeyOffline) else ""
             stop(f"{directory}: {error}{lending}", NOT_STARTED)
         except (StoreError, SignerError) as error:
             stop(str(error), NOT_STARTED)
@@ -149,7 +149,7 @@ def _when(what: str, step: str | None, coming: Sequence[Task], now: datetime) ->
     """From when on the step is possible, where that is a matter of time."""
     words = f"outgate pki rotate {what} --{step} "
     waiting = next((task for task in coming if task.command.startswith(words) and task.start > now), None)
-    return f"; possible from {waiting.start:%Y-%m-%d %H:%M} UTC, or at once with --force" if waiting else ""
+    return f"; possible from {moment(waiting.start)}, or at once with --force" if waiting else ""
 
 
 def _report(

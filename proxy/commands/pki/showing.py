@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from pki.layout import CERTIFICATE, KEY
 from proxy.commands import Json
 
 if TYPE_CHECKING:  # cryptography costs 80 ms, and `--help` needs none of it
@@ -22,7 +23,13 @@ MOST_DOMAINS = 6  # for a person; JSON has them all
 
 
 def stamp(time: datetime) -> str:
+    """As JSON has it."""
     return f"{time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def moment(time: datetime) -> str:
+    """As a person reads it."""
+    return f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def certificate_json(certificate: Certificate) -> Json:
@@ -38,7 +45,7 @@ def certificate_json(certificate: Certificate) -> Json:
 
 def ca_json(role: str, ca: Surveyed) -> Json:
     """What every pki command says of a CA."""
-    from pki.authority import permitted_domains
+    from pki.constraints import permitted_domains
 
     permitted = permitted_domains(ca.certificate)
     return {
@@ -48,7 +55,7 @@ def ca_json(role: str, ca: Surveyed) -> Json:
         "since": stamp(ca.since) if ca.since else None,
         **certificate_json(ca.certificate),
         "permitted": None if permitted is None else list(permitted),
-        "certificate": str(ca.folder / "ca.crt"),
+        "certificate": str(ca.folder / CERTIFICATE),
         "key": key_at(ca),
         "key_is": key_is(ca),
     }
@@ -58,7 +65,7 @@ def key_is(ca: Surveyed) -> str:
     """`file`, `token`, `offline`; `unreadable`: a file, for others than who asks."""
     from pki.store import KeyPlace
 
-    is_unreadable = ca.key is KeyPlace.FILE and not os.access(ca.folder / "ca.key", os.R_OK)
+    is_unreadable = ca.key is KeyPlace.FILE and not os.access(ca.folder / KEY, os.R_OK)
     return UNREADABLE if is_unreadable else ca.key.value
 
 
@@ -66,7 +73,7 @@ def key_at(ca: Surveyed) -> str | None:
     """A path, a token's URI without its PIN, or None where nobody here knows."""
     from pki.store import KeyPlace
 
-    return str(ca.folder / "ca.key") if ca.key is KeyPlace.FILE else ca.uri
+    return str(ca.folder / KEY) if ca.key is KeyPlace.FILE else ca.uri
 
 
 def key_text(ca: Surveyed) -> str:
@@ -75,23 +82,32 @@ def key_text(ca: Surveyed) -> str:
 
 
 def show_ca(
-    console: Console, role: str, ca: Surveyed, purpose: str, now: datetime | None = None, more: Sequence[str] = ()
+    console: Console, role: str, ca: Certificate, purpose: str, now: datetime | None = None, more: Sequence[str] = ()
 ) -> None:
     """Some lines about it: what it is called, how long, how to tell it from another, and `more`.
 
     now  to say how many days are left
     """
-    from pki.authority import certificate_id, fingerprint, permitted_domains
+    from pki.authority import fingerprint
+    from pki.constraints import permitted_domains
 
-    permitted = permitted_domains(ca.certificate)
-    lines = [
-        expiry(ca.certificate, now),
-        f"SHA-256 {fingerprint(ca.certificate)}",
-        *([f"only for {domains_text(permitted)} and what is below"] if permitted else []),
-        *more,
-    ]
-    subject = ca.certificate.subject.rfc4514_string()
-    console.line(f"{role:<9}{certificate_id(ca.certificate)}  {subject}  ({purpose})", indent=2)
+    show_name(console, role, ca, purpose)
+    show_more(console, expiry(ca, now), f"SHA-256 {fingerprint(ca)}")
+    if permitted := permitted_domains(ca):
+        show_more(console, f"only for {domains_text(permitted)} and what is below")
+    show_more(console, *more)
+
+
+def show_name(console: Console, role: str, ca: Certificate, purpose: str) -> None:
+    """The line that begins what is said of a CA."""
+    from pki.authority import certificate_id
+
+    subject = ca.subject.rfc4514_string()
+    console.line(f"{role:<9}{certificate_id(ca)}  {subject}  ({purpose})", indent=2)
+
+
+def show_more(console: Console, *lines: str) -> None:
+    """What follows below that line."""
     for line in lines:
         console.line(line, indent=11)
 
@@ -105,11 +121,11 @@ def show_root_keys(console: Console, roots: Iterable[Surveyed]) -> None:
         console.line("# keep the root's key where no gate runs; no gate needs it", indent=2)
         for root in here:
             name = "OFFLINE" if root.line is Line.MAIN else f"OFFLINE-{root.line.upper()}"
-            console.code([f"mv {shlex.quote(str(root.folder / 'ca.key'))} {name}"], indent=2)
+            console.code([f"mv {shlex.quote(str(root.folder / KEY))} {name}"], indent=2)
 
 
 def expiry(certificate: Certificate, now: datetime | None = None) -> str:
-    end = f"expires {stamp(certificate.not_valid_after_utc)}"
+    end = f"expires {moment(certificate.not_valid_after_utc)}"
     if now is None:
         return end
     left = days_left(certificate, now)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, YES, Json
+from pki.layout import KEY
+from proxy.commands import NO, NOT_STARTED, YES, Json, json_option
 from proxy.commands.pki import pki_option
 from proxy.commands.pki.showing import (
     GIVEN,
@@ -19,9 +21,9 @@ from proxy.commands.pki.showing import (
     ca_json,
     certificate_json,
     days_left,
-    expiry,
     key_is,
     key_text,
+    moment,
     show_ca,
     stamp,
 )
@@ -46,9 +48,21 @@ Example:
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Cross:
+    """A root's name and key as another root signed them: who trusts only that accepts what this one signs."""
+
+    id: str
+    signer: str | None
+    expires: datetime
+
+    def json(self) -> Json:
+        return {"id": self.id, "signed_by": self.signer, "expires": stamp(self.expires)}
+
+
 @click.command(epilog=EPILOG)
 @pki_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def status(ctx: click.Context, /, directory: Path, as_json: bool) -> None:
     """Show every CA: its state, its expiry, where its key is; and what is to be done when."""
@@ -80,9 +94,9 @@ def _faults(found: Survey, now: datetime) -> Iterator[str]:
     certificates = [ca.certificate for ca in (*found.roots, *found.issuing)]
     for certificate in (*certificates, *found.given):
         if now >= certificate.not_valid_after_utc:
-            yield f"CA {certificate_id(certificate)} expired at {stamp(certificate.not_valid_after_utc)}"
+            yield f"CA {certificate_id(certificate)} expired at {moment(certificate.not_valid_after_utc)}"
     for ca in (*found.roots, *found.issuing):
-        path = ca.folder / "ca.key"
+        path = ca.folder / KEY
         if ca.key is KeyPlace.OFFLINE:
             if ca in found.issuing and ca.state is State.ACTIVE:
                 yield f"{path}: not there, and the gate signs with it; restore it from a copy"
@@ -94,47 +108,41 @@ def _faults(found: Survey, now: datetime) -> Iterator[str]:
 
 
 def _cas_json(found: Survey, now: datetime) -> list[Json]:
-    cas = [ca_json(ROOT, root) | {"crosses": _crosses(found, root)} for root in found.roots]
+    cas = [ca_json(ROOT, root) | {"crosses": [cross.json() for cross in _crosses(found, root)]} for root in found.roots]
     cas += [ca_json(ISSUING, one) for one in found.issuing]
     cas += [{"role": GIVEN, **certificate_json(certificate)} for certificate in found.given]
     certificates = (*(ca.certificate for ca in (*found.roots, *found.issuing)), *found.given)
     return [ca | {"days_left": days_left(one, now)} for ca, one in zip(cas, certificates, strict=True)]
 
 
-def _crosses(found: Survey, root: Surveyed) -> list[Json]:
-    """The root's name and key as other roots signed them: who trusts only those accepts what this one signs."""
+def _crosses(found: Survey, root: Surveyed) -> list[Cross]:
     from pki.authority import certificate_id
     from pki.chains import is_signed_by
 
-    crosses: list[Json] = []
-    for cross in root.sent:
-        signer = next((one.certificate for one in found.roots if is_signed_by(cross, one.certificate)), None)
-        crosses.append(
-            {
-                "id": certificate_id(cross),
-                "signed_by": certificate_id(signer) if signer else None,
-                "expires": stamp(cross.not_valid_after_utc),
-            }
-        )
-    return crosses
+    signed_by = [
+        [one.certificate for one in found.roots if is_signed_by(cross, one.certificate)] for cross in root.sent
+    ]
+    return [
+        Cross(certificate_id(cross), certificate_id(signers[0]) if signers else None, cross.not_valid_after_utc)
+        for cross, signers in zip(root.sent, signed_by, strict=True)
+    ]
 
 
 def _show(console: Console, found: Survey, coming: list[Task], faults: list[str], now: datetime) -> None:
-    from pki.authority import Line, certificate_id, fingerprint
+    from pki.authority import Line
     from proxy.console import Style
 
     for role, cas in ((ROOT, found.roots), (ISSUING, found.issuing)):
         for ca in cas:
             crosses = _crosses(found, ca) if role == ROOT else []
-            more = [f"cross-signed by root {cross['signed_by']} until {cross['expires']}" for cross in crosses]
-            since = f" since {stamp(ca.since)}" if ca.since else ""
+            more = [
+                f"cross-signed by root {cross.signer or 'elsewhere'} until {moment(cross.expires)}" for cross in crosses
+            ]
+            since = f" since {moment(ca.since)}" if ca.since else ""
             line = "" if ca.line is Line.MAIN else f", {ca.line} line"
-            show_ca(console, role, ca, f"{ca.state}{since}{line}", now, [key_text(ca), *more])
+            show_ca(console, role, ca.certificate, f"{ca.state}{since}{line}", now, [key_text(ca), *more])
     for certificate in found.given:
-        subject = certificate.subject.rfc4514_string()
-        console.line(f"{GIVEN:<9}{certificate_id(certificate)}  {subject}  (another system has its key)", indent=2)
-        console.line(expiry(certificate, now), indent=11)
-        console.line(f"SHA-256 {fingerprint(certificate)}", indent=11)
+        show_ca(console, GIVEN, certificate, "another system has its key", now)
     if coming:
         console.blank()
         console.line("to do:")

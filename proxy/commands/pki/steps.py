@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 from proxy.commands import USAGE
 from proxy.commands.pki.constraints import permitted_by
 from proxy.commands.pki.keys import is_remote, lend, read_keys, remove_unused_keys, write_keys
+from proxy.commands.pki.showing import ISSUING, ROOT
 
 if TYPE_CHECKING:  # cryptography costs 80 ms, and `--help` needs none of it
     from cryptography.x509 import Certificate
 
     from pki.authority import Authority, CaKey, Issuing, Line, Root
 
-ISSUING, ROOT = "issuing", "root"
 STAGE, UNSTAGE, ACTIVATE, RETIRE = "stage", "unstage", "activate", "retire"
 
 
@@ -166,8 +166,9 @@ def _next_root_key(authority: Authority, said: Said, *, makes: bool) -> CaKey | 
 def _require_named(present: Root | Issuing, key: CaKey | None, option: str) -> None:
     """A key that nobody can copy is not followed by one in a file unasked."""
     from pki.authority import AuthorityError, certificate_id
+    from pki.profile import stays_in_token
 
-    if key is None and hasattr(present.key, "uri"):  # as `pki/signer.py` makes them
+    if key is None and stays_in_token(present.key):
         named = f"the key of CA {certificate_id(present.certificate)} is in a token"
         raise AuthorityError(f"{named}; name the next one's with {option}: pkcs11:URI, or FILE to leave the token")
 

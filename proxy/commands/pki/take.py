@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, Json
+from proxy.commands import NO, NOT_STARTED, Json, json_option
 from proxy.commands.pki import pki_option
 from proxy.commands.pki.check import show_faults
 from proxy.commands.pki.keys import KEY, is_remote, password_option
@@ -62,7 +62,7 @@ class Taken:
 @click.option("--root", type=click.Path(path_type=Path), metavar="FILE", help="The root, which workloads trust.")
 @password_option
 @click.option("--stage", is_flag=True, help="Let it wait, whoever trusts its root.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def take(
     directory: Path,
     p12: Path | None,
@@ -150,26 +150,16 @@ def _taken(loaded: Loaded, now: datetime) -> Taken:
     """Raises AuthorityError, SignerError."""
     from pki.authority import Issuing, Root, create_issuing
     from pki.chains import is_self_signed
+    from pki.profile import organisation_of
 
     assert loaded.key is not None
     ca = loaded.certificate
     if is_self_signed(ca):
-        issuing = create_issuing(Root(ca, loaded.key), now, name=organisation(ca))
+        issuing = create_issuing(Root(ca, loaded.key), now, name=organisation_of(ca))
         return Taken(issuing, ca, loaded.key)
     between = tuple(one for one in loaded.chain if not is_self_signed(one))
     root = next((one for one in loaded.chain if is_self_signed(one)), None)
     return Taken(Issuing(ca, loaded.key, (ca, *between), since=now), root)
-
-
-def organisation(certificate: Certificate) -> str:
-    """A name for what is issued below it."""
-    from cryptography.x509.oid import NameOID
-
-    from pki.profile import is_organisation
-
-    found = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
-    name = str(found[0].value) if found else ""
-    return name if is_organisation(name) else "Outgate"
 
 
 def _store(directory: Path, taken: Taken, now: datetime, *, stage: bool) -> bool:
@@ -247,19 +237,21 @@ def _show(directory: Path, taken: Taken, root: Certificate | None, *, is_active:
     where = shlex.quote(str(directory))
     console.line(f"imported into {directory}, and {'in use' if is_active else 'staged: it signs nothing yet'}")
     console.blank()
-    for one in found.roots:
-        if one.certificate == root:
-            show_ca(console, ROOT, one, "what workloads trust")
-    for one in found.issuing:
-        if one.certificate == taken.issuing.certificate:
-            show_ca(console, ISSUING, one, "what the gate signs with" if is_active else "what it is to sign with")
+    if root is not None:
+        show_ca(console, ROOT, root, "what workloads trust")
+    purpose = "what the gate signs with" if is_active else "what it is to sign with"
+    show_ca(console, ISSUING, taken.issuing.certificate, purpose)
     console.blank()
     if root is None:
-        console.line("its root is not here: the gate inspects, but a trust bundle needs it (name it with --root)")
+        console.line(
+            "its root is not here: workloads must trust it already, for there can be no trust bundle without it"
+        )
+        console.line("(to have one, import into another directory, with --root FILE)")
         console.blank()
     console.line("next:")
-    console.line("# have workloads trust the root", indent=2)
-    console.code([f"outgate trust bundle --pki {where} --to trust"], indent=2)
+    if root is not None:
+        console.line("# have workloads trust the root", indent=2)
+        console.code([f"outgate trust bundle --pki {where} --to trust"], indent=2)
     if not is_active:
         is_new = any(one.certificate == root and one.state is State.STAGED for one in found.roots)
         console.line("# then sign with it", indent=2)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxy.commands import Json
-from proxy.commands.pki.showing import stamp
+from proxy.commands.pki.showing import moment, stamp
 
 if TYPE_CHECKING:  # cryptography costs 80 ms, and `--help` needs none of it
     from pki.plan import Due
@@ -22,13 +22,15 @@ GRACE = timedelta(days=7)  # what is due for longer is overdue: a job that asks 
 WHY = {  # by the step
     "rotate issuing --stage": "two thirds of the issuing CA's life are over by then",
     "rotate issuing --activate": "the next issuing CA is staged",
-    "rotate issuing --retire": "the former issuing CA signs nothing; its key is still here",
+    "rotate issuing --retire": "the former issuing CA signs nothing; its key need not be kept",
     "rotate root --stage": "two thirds of the root's life are over by then",
     "rotate root --activate": "the next root is staged; publish the trust bundle first",
     "rotate root --retire": "by then every workload has the new trust bundle",
     "import": "the CA was made elsewhere: import the next one before this one ends",
     "export": "the CA that another system has ends, or its root does",
 }
+
+NAMED = {"import": " --p12 FILE", "export": " --profile PROFILE --to FILE"}  # what only a person knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def show_tasks(console: Console, found: Iterable[Task], now: datetime) -> None:
 
     rows: list[list[Cell]] = []
     for task in found:
-        when: Cell = f"from {task.start:%Y-%m-%d %H:%M} UTC"
+        when: Cell = f"from {moment(task.start)}"
         if task.is_overdue:
             when = (f"overdue since {task.start:%Y-%m-%d}", Style.BAD)
         elif task.start <= now:
@@ -91,7 +93,7 @@ def _command(due: Due, directory: Path, found: Survey) -> str:
     # In one go: nobody is to be told between the two steps.
     step = "rotate issuing" if due.step is Step.STAGE_ISSUING else due.step.value
     lent = " --root-key FILE" if _needs_offline_key(due, found) else ""
-    return f"outgate pki {step} --pki {shlex.quote(str(directory))}{lent}"
+    return f"outgate pki {step} --pki {shlex.quote(str(directory))}{lent}{NAMED.get(due.step, '')}"
 
 
 def _needs_offline_key(due: Due, found: Survey) -> bool:

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, YES, Json
+from proxy.commands import NO, NOT_STARTED, YES, Json, json_option
+from proxy.commands.pki import optional_pki_option
 
 if TYPE_CHECKING:  # `--help` needs no cryptography
     from cryptography.x509 import Certificate
@@ -33,7 +34,7 @@ JSON keys: url trust clients[client program version reads kind trusts said fix[r
   trusts is yes, no, does not verify or unclear; a fix is to be done in the order run, set and unset
 
 \b
-Example:
+Examples:
   outgate trust doctor --pki pki
   outgate trust doctor --pki pki --trust /etc/outgate/trust curl java
   outgate trust doctor --url https://api.example/    # in a pod: through the gate, which alone has the key
@@ -53,15 +54,7 @@ class Place:
 
 
 @click.command(epilog=EPILOG)
-@click.option(
-    "--pki",
-    "directory",
-    envvar="OUTGATE_PKI",
-    show_envvar=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Where the authority stands; needed unless there is --url.",
-)
+@optional_pki_option("Where the authority stands; needed unless there is --url.")
 @click.option(
     "--trust",
     metavar="DIR",
@@ -76,7 +69,7 @@ class Place:
     metavar="SECONDS",
     help="How long each client may take; if not given, 10, and 30 where that is known to be short.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.argument("names", nargs=-1, metavar="[CLIENT]...")
 @click.pass_context
 def doctor(
@@ -141,8 +134,10 @@ def _findings(
     from pki.clients import Target
     from pki.doctor import examine, offering
     from pki.store import StoreError, load_issuers
+    from proxy.child import leave_no_core
     from proxy.console import stop
 
+    leave_no_core(for_good=False)  # the key that signs the leaf stands in memory
     elsewhere = "where its key is not kept, name an inspected URL with --url"
     with ExitStack() as stack:
         try:

@@ -24,13 +24,17 @@ The files are written to --to first, as by `outgate trust bundle`.
 sh, fish, powershell, github and json are for this environment: JAVA_TOOL_OPTIONS is added to, other values are
 replaced, and standard error names them. dotenv (docker run --env-file) and yaml (`env:` of a Kubernetes container) are
 for another environment: nothing of this one enters.
-Exit codes: 0 printed; 2 usage; 3 could not read or write.
 
 \b
-Example:
+Exit codes: 0 printed; 2 usage; 3 could not read or write.
+JSON keys (--format json): variables removed[] replaced[]
+
+\b
+Examples:
   eval "$(outgate trust env --pki pki --to trust)"
   outgate trust env --pki pki --to trust --format github >> "$GITHUB_ENV"
-  docker run --env-file <(outgate trust env --pki pki --to trust --at /trust --format dotenv) -v ./trust:/trust:ro …
+  outgate trust env --pki pki --to trust --mount-path /trust --format dotenv > trust.env
+  docker run --env-file trust.env -v ./trust:/trust:ro …
 """
 
 ELSEWHERE = ("dotenv", "yaml")  # formats that are read on another machine
@@ -87,9 +91,9 @@ FORMATS: Mapping[str, Callable[[Environment], list[str]]] = {
 @pki_option
 @directory_options
 @click.option("--format", "spelling", type=click.Choice(list(FORMATS)), default="sh", show_default=True)
-def env(directory: Path, to: Path, public: str, at: str | None, spelling: str) -> None:
+def env(directory: Path, to: Path, public: str, mount_path: str | None, spelling: str) -> None:
     """Print the variables that make every runtime trust the authority."""
-    place, _ = made(directory, to, public, at)
+    place, _ = made(directory, to, public, mount_path)
     from pki.distribution import environment
     from proxy.console import stop
 

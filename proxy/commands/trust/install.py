@@ -10,24 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from proxy.commands import NOT_STARTED
+from proxy.commands import NOT_STARTED, json_option
+from proxy.commands.pki import optional_pki_option
 
 if TYPE_CHECKING:
     from pki.install import Changed
 
 INSTALL_EPILOG = """\b
 Former roots of ours that the authority no longer has are taken out. Needs root.
-Exit codes: 0 the machine trusts these roots; 2 usage; 3 could not.
 
 \b
-Example:
+Exit codes: 0 the machine trusts these roots; 2 usage; 3 could not.
+JSON keys: anchors bundle added[] kept[] removed[]
+  what was put into the directory anchors, was there already, or is gone; programs read bundle
+
+\b
+Examples:
   sudo outgate trust install --pki pki
   outgate trust install --root ca.crt --prefix image   # in a build, as root, for the image that stands there
 """
 
 UNINSTALL_EPILOG = """\b
 Needs root. What others put into the store stays.
+
+\b
 Exit codes: 0 none of our roots is installed; 2 usage; 3 could not.
+JSON keys: as those of install
 
 \b
 Example:
@@ -49,20 +57,8 @@ def prefix_option[F: Callable[..., Any]](command: F) -> F:  # Any: click's own t
     )(command)
 
 
-def json_option[F: Callable[..., Any]](command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="One JSON object: where, and which files.")(command)
-
-
 @click.command(epilog=INSTALL_EPILOG)
-@click.option(
-    "--pki",
-    "directory",
-    envvar="OUTGATE_PKI",
-    show_envvar=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="Where the authority stands.",
-)
+@optional_pki_option("Where the authority stands.")
 @click.option("--root", metavar="FILE", type=click.Path(path_type=Path), help="Instead of --pki: its roots, as PEM.")
 @prefix_option
 @json_option
@@ -72,9 +68,8 @@ def install(directory: Path | None, root: Path | None, prefix: Path, as_json: bo
         raise click.UsageError("which roots? name --pki DIR or --root FILE")
     from pki.install import InstallError
     from pki.install import install as install_roots
-    from pki.trust import TrustError
-    from proxy.console import stop
-    from proxy.trusting import roots_of
+    from pki.trust import TrustError, roots_of
+    from proxy.console import printable, stop
 
     try:
         roots = _ca_certificates(root) if root else roots_of(directory)  # type: ignore[arg-type]  # one of the two is
@@ -83,7 +78,7 @@ def install(directory: Path | None, root: Path | None, prefix: Path, as_json: bo
         stop(str(error), NOT_STARTED)
     _show(changed, as_json)
     if not as_json:
-        pki = f" --pki {shlex.quote(str(directory))}" if directory else " --pki DIR"
+        pki = printable(f" --pki {shlex.quote(str(directory))}") if directory else " --pki DIR"
         click.echo(
             f"\n{NOT_REACHED}\nFor these: outgate trust env{pki} --to DIR; to see which: outgate trust doctor{pki}"
         )
@@ -126,6 +121,8 @@ def _ca_certificates(path: Path) -> bytes:
 
 
 def _show(changed: Changed, as_json: bool) -> None:
+    from proxy.console import Console
+
     words = {"installed": changed.added, "installed already": changed.kept, "removed": changed.removed}
     if as_json:
         places = {"anchors": str(changed.anchors), "bundle": str(changed.bundle)}
@@ -133,8 +130,8 @@ def _show(changed: Changed, as_json: bool) -> None:
         return
     for word, names in words.items():
         for name in names:
-            click.echo(f"{word}: {changed.anchors / name}")
+            Console().line(f"{word}: {changed.anchors / name}")
     if not any(words.values()):
-        click.echo(f"nothing of ours in {changed.anchors}")
+        Console().line(f"nothing of ours in {changed.anchors}")
     elif changed.added or changed.kept:
-        click.echo(f"trusted by every program that reads {changed.bundle}")
+        Console().line(f"trusted by every program that reads {changed.bundle}")

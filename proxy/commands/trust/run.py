@@ -22,6 +22,8 @@ NOT_EXECUTABLE, NOT_FOUND = 126, 127
 EPILOG = """\b
 The command takes our place: signals, terminal and exit status are its own. A trust directory that was made for it is
 removed when it has ended; with --trust it stays.
+
+\b
 Exit codes: the command's own; 125 it was not started; 126 it cannot be executed, 127 it was not found.
 
 \b
@@ -36,10 +38,10 @@ Example:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="[--] COMMAND [ARG]...")
 def run(directory: Path, trust: Path | None, command: tuple[str, ...]) -> None:
     """Run a command with the variables that make every runtime trust the authority."""
-    from pki.trust import TrustError
+    from pki.trust import TrustError, roots_of
     from proxy.console import stop
     from proxy.options import say
-    from proxy.trusting import roots_of, trusting
+    from proxy.trusting import trusting
 
     try:
         roots = roots_of(directory)

@@ -1,4 +1,4 @@
-"""What is distributed: our roots and the public ones, wherever they are kept. It opens no key and writes nothing."""
+"""Where a trust bundle comes from: our roots and the public ones, as they are kept. It opens no key, writes nothing."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pki.distribution import BUNDLE, CA, MalformedBundle, UnusableDirectory, trust_files
-from pki.trust import TrustError, public_roots, read_roots, system_bundle_path
+from pki.distribution import BUNDLE, CA
+from pki.layout import STATE
+from pki.trust import make_files, public_roots, read_roots, roots_of, system_bundle_path
 
 SYSTEM, NONE = "system", "none"
-STATE = "state.json"  # a store changes as this one file does
-
-
-class NoBundle(Exception):
-    """There is no trust bundle to distribute. `str()` has the place and the repair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +35,13 @@ class Source:
         public = () if self._is_system or self.public == NONE else (self.public or self._bundle_path,)
         return tuple(str(path) for path in (*ours, *system, *public) if path)
 
-    def read(self, directory: str, environment: Mapping[str, str]) -> dict[str, bytes]:
-        """The files of a trust directory that programs will find at `directory`. Raises NoBundle."""
-        try:
-            return trust_files(directory, self._ours(), self._public(directory, environment))
-        except (TrustError, MalformedBundle, UnusableDirectory) as error:
-            raise NoBundle(str(error)) from error
+    def read(self, mount_path: str, environment: Mapping[str, str], written_to: Path | None = None) -> dict[str, bytes]:
+        """The files of a trust directory that programs will find at `mount_path`. Raises TrustError.
+
+        written_to  where they will stand, if that is another path: the bundle there is no source
+        """
+        ours = self._ours()
+        return make_files(mount_path, ours, self._public(written_to or Path(mount_path), environment))
 
     @property
     def _is_system(self) -> bool:
@@ -56,26 +53,16 @@ class Source:
 
     def _ours(self) -> bytes:
         if self.pki:
-            return _roots_of(self.pki)
+            return roots_of(self.pki)
         if self.bundle:
             return read_roots(self.bundle / CA, "--bundle")
         return read_roots(self.roots or Path(), "--root")
 
-    def _public(self, directory: str, environment: Mapping[str, str]) -> bytes:
+    def _public(self, directory: Path, environment: Mapping[str, str]) -> bytes:
         if self.public == NONE:
             return b""
         if self._is_system:
-            return public_roots(environment, Path(directory))
+            return public_roots(environment, directory)
         if self.public:
             return read_roots(Path(self.public), "--public")
         return read_roots(self._bundle_path or Path(), "--bundle")
-
-
-def _roots_of(store: Path) -> bytes:
-    from pki.authority import certificates_pem  # 20 MiB that a pod with a file of roots does not need
-    from pki.store import StoreError, load_trusted
-
-    try:
-        return certificates_pem(*load_trusted(store))
-    except StoreError as error:
-        raise NoBundle(str(error)) from error
