@@ -120,7 +120,7 @@ def classify(address: Address) -> Reach:
 def inside_one_private_block(network: Network) -> bool:
     """Whether a rule for `network` was plainly written about private addresses: 10.20.0.0/16 was, 0.0.0.0/0 was not."""
     network = _unmapped(network)
-    if any(_contains(never, network) for never in _NEVER_NETWORKS):
+    if any(_contains(never, network) for never in NEVER_REACHED):
         return False
     return any(_contains(private, network) for private in _PRIVATE_NETWORKS)
 
@@ -224,13 +224,13 @@ def _parse(*tables: Iterable[str]) -> tuple[Network, ...]:
     return tuple(ip_network(text) for table in tables for text in table)
 
 
-_NEVER_NETWORKS = _parse(_METADATA, _LINK_LOCAL, _LOOPBACK, _NOWHERE)
+NEVER_REACHED = _parse(_METADATA, _LINK_LOCAL, _LOOPBACK, _NOWHERE)
 _PRIVATE_NETWORKS = _parse(_PRIVATE)
 
 
 def _flatten(version: int) -> tuple[list[int], list[Reach]]:
     """The tables as one sorted list of starts: the address space cut where the most specific prefix changes."""
-    networks = [(network, Reach.NEVER) for network in _NEVER_NETWORKS]
+    networks = [(network, Reach.NEVER) for network in NEVER_REACHED]
     networks += [(network, Reach.PRIVATE) for network in (*_PRIVATE_NETWORKS, ip_network(_UNASSIGNED_V6))]
     networks += [(network, Reach.PUBLIC) for network in _parse(_PUBLIC, (_GLOBAL_UNICAST_V6, "0.0.0.0/0"))]
     mine = sorted(

@@ -20,21 +20,14 @@ def section(page: str, heading: str) -> str:
     return rest[: end.start()] if end else rest
 
 
-def fenced(page: str, heading: str, language: str) -> str:
-    """The one block of that language below a heading."""
-    found = re.findall(rf"^```{language}\n(.*?)^```$", section(page, heading), re.MULTILINE | re.DOTALL)
-    assert len(found) == 1, f"{len(found)} blocks of {language} in {page} below {heading!r}"
-    return str(found[0])
-
-
 def commands(page: str, heading: str) -> list[str]:
     """The lines to type below a heading, without what is said beside them."""
     lines = re.findall(r"^    (\S.*)$", section(page, heading), re.MULTILINE)
     return [re.sub(r"\s+#.*", "", line) for line in lines]
 
 
-def command(page: str, heading: str, start: str) -> str:
-    """The one of them that starts so."""
-    found = [line for line in commands(page, heading) if line.startswith(start)]
+def command(page: str, heading: str, start: str, end: str = "") -> str:
+    """The one of them that starts so, and ends so."""
+    found = [line for line in commands(page, heading) if line.startswith(start) and line.endswith(end)]
     assert len(found) == 1, f"{len(found)} commands {start!r} in {page} below {heading!r}"
     return found[0]

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from proxy.layout import read_layout
+from proxy.ruleset import render
 from tests.end_to_end.client_net import CLIENT, Net
 from tests.end_to_end.clients import CURL
-from tests.end_to_end.documented import GATEWAY, SERVICE, fenced
 from tests.end_to_end.service import children, eventually
 
 pytestmark = [
@@ -43,11 +44,11 @@ MIB = 1 << 20
 
 
 class Gateway(Net):
-    """With the rules of the page, and one worker."""
+    """With the rules of `outgate firewall`, and one worker."""
 
     def __init__(self, stack: ExitStack) -> None:
         super().__init__(stack)
-        self.net.rules("gateway", fenced(SERVICE, GATEWAY, "nft"))
+        self.net.rules("gateway", render(read_layout("gateway", {}, {})))
         command = ["serve", "--mode", "gateway", "-p", "policy.yaml", "--pki", "pki"]
         self.gate = stack.enter_context(self.serve(POLICY, command))
         self.run([*CURL, "-o", "/dev/null", "https://api.example/"])  # from now on all of the inspector is there
