@@ -34,7 +34,7 @@ from policies.model import (
 )
 from policies.paths import MalformedPath, Path, parse_path
 
-QUERY_TYPES = frozenset({"A", "AAAA"})  # every other type of an allowed name exists and is empty
+QUERY_TYPES = frozenset({"A", "AAAA", "HTTPS", "SVCB"})  # every other type of an allowed name exists and is empty
 METHOD = re.compile(r"[A-Z]+(?:[-_][A-Z]+)*")  # `get` is another method to us, and the same one to some servers
 
 # What audit mode lets pass: a missing or denying rule. Malformed input, a Host that is not the SNI, ECH, the guard and

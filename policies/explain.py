@@ -178,7 +178,7 @@ def _advice(verdict: Verdict, attempt: Attempt) -> str:
 ADVICE = {
     Reason.GUARD: "ask whoever owns the guard; no workload can undo it",
     Reason.NO_RULE: "name the destination in a rule of this workload",
-    Reason.QUERY_TYPE: "look up A or AAAA; other record types carry data out and are never asked for",
+    Reason.QUERY_TYPE: "look up A, AAAA, HTTPS or SVCB; other record types carry data out and are never asked for",
     Reason.UPGRADE: "only websocket can be admitted; h2c never is",
     Reason.UNKNOWN_WORKLOAD: "give the source a workload by match:",
     Reason.AMBIGUOUS_WORKLOAD: "make the match of one workload stricter, so that a source is one workload only",
@@ -219,7 +219,11 @@ def _nearest(policy: Policy, attempt: Attempt, verdict: Verdict) -> Iterator[Mis
             yield from _nearest_rules(policy, attempt)
 
 
-_KEY = {Reason.ECH: "ech: allow", Reason.UPGRADE: "upgrade: [websocket]", Reason.QUERY_TYPE: "more than A and AAAA"}
+_KEY = {
+    Reason.ECH: "ech: allow",
+    Reason.UPGRADE: "upgrade: [websocket]",
+    Reason.QUERY_TYPE: "more than A, AAAA, HTTPS and SVCB",
+}
 
 
 def _covered(rule: AnyRule) -> str:

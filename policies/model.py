@@ -68,6 +68,7 @@ class Reason(StrEnum):
     EXPIRED = "expired"  # the rule that would admit it is past its `until`
     ANCESTOR = "ancestor"  # dns: a name above an allowed one; exists, has no addresses for you (RFC 8020)
     QUERY_TYPE = "query_type"  # dns: the name may be looked up, this record type may not
+    LOOKUP_BUDGET = "lookup_budget"  # dns: more new names below a wildcard, or longer ones, than a program needs
     UPGRADE = "upgrade"  # an Upgrade the rule does not admit
     UNKNOWN_WORKLOAD = "unknown_workload"
     AMBIGUOUS_WORKLOAD = "ambiguous_workload"

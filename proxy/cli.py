@@ -12,9 +12,12 @@ from proxy.own_code import settle_imports
 COMMANDS = {  # name: (where it lives, its line in --help)
     "run": ("proxy.commands.run:run", "Run a command that reaches what its policy names and nothing else."),
     "serve": ("proxy.commands.serve:serve", "Serve a gate in the foreground: gateway, sidecar or proxy."),
+    "firewall": ("proxy.commands.firewall:firewall", "Load the kernel's rules that lead a workload to the gate."),
+    "relay": ("proxy.commands.relay:relay", "Give workloads the time, from the servers that their rules name."),
     "check": ("proxy.commands.check:check", "Load policy files, run their tests, warn of what is risky."),
     "test": ("proxy.commands.test:test", "Run the tests written in policy files."),
     "why": ("proxy.commands.why:why", "Say whether an attempt passes, by which rule, and what would change it."),
+    "verify": ("proxy.commands.verify:verify", "Try from inside a workload what it must not reach."),
     "schema": ("proxy.commands.schema:schema", "Print the JSON Schema of policy files, or of gate.yaml."),
     "pki": ("proxy.commands.pki:pki", "Keep the authority that inspection needs."),
     "trust": ("proxy.commands.trust:trust", "Have programs trust it, and find those that do not."),

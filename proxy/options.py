@@ -29,8 +29,10 @@ class Misused(Unready):
 
 def say(text: str) -> None:
     """What a person who started the gate is told, on standard error; each line names who says it."""
-    for line in text.splitlines():
-        print(f"outgate: {line}", file=sys.stderr)
+    from proxy.console import printable
+
+    for line in text.splitlines():  # of which a path, a program or a server may have worded some
+        print(f"outgate: {printable(line)}", file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

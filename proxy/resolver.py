@@ -12,12 +12,12 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf
 
 from policies.addresses import Address
-from policies.hostnames import Hostname
+from policies.hostnames import Hostname, parents
 from proxy.hosts import HostsEntry, Nameserver
 from proxy.metrics.table import Lookup
 from proxy.record import show_peer
@@ -36,6 +36,7 @@ from proxy.wire.dns import (
 MAX_STRAYS = 8  # datagrams that are not our answer; more is somebody guessing ids, and TCP ends that (RFC 5452 9.3)
 MAX_ADDRESSES = 256  # of one name and type; nobody dials more, and an answer must not grow our memory
 RESOLUTION_DELAY_S = 0.3  # how long an answer of one family waits for the other (RFC 8305 3 has 50 ms, for A alone)
+STALE_TTL_S = 30  # RFC 8767 4 and 5: how long a stale answer counts, and nobody is asked again
 PARTIAL_TTL_S = 30  # an answer with one family missing is asked anew soon
 
 
@@ -45,12 +46,15 @@ class Resolution:
 
     from_hosts  the operator's `--host` named them, which exempts them from the private and loopback checks
     port        the port to dial instead of the asked one (`--host NAME=ADDR:PORT`)
+    is_stale    no server answered when it expired, so it serves on, until `useful_until` at the latest
     """
 
     addresses: tuple[Address, ...]
     expires: float
     from_hosts: bool = False
     port: int | None = None
+    is_stale: bool = False
+    useful_until: float = field(default=0.0, compare=False)
 
 
 class NameNotFound(Exception):
@@ -83,6 +87,8 @@ class Resolver:
     hosts         the operator's entries; they come first and have no TTL
     system_hosts  the machine's own hosts file, as `read_hosts_file` gives it; next, and exempt from nothing
     nameservers   asked in order, `attempts` times round, `timeout_s` each
+    forward       zones whose names are asked of other servers, the nearest zone's; never of `nameservers`
+    max_stale_s   how long after its end an answer serves where no server gives a new one
     told          how each lookup ended, and how long nameservers took for it, in seconds
     """
 
@@ -91,12 +97,14 @@ class Resolver:
         hosts: Mapping[Hostname, HostsEntry],
         nameservers: Sequence[Nameserver],
         *,
+        forward: Mapping[Hostname, Sequence[Nameserver]] | None = None,
         system_hosts: Mapping[Hostname, tuple[Address, ...]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         timeout_s: float = 1.5,
         attempts: int = 2,
         min_ttl_s: int = 5,
         max_ttl_s: int = 300,
+        max_stale_s: int = 3600,
         max_entries: int = 10_000,
         told: Callable[[Lookup, float], None] = lambda how, seconds: None,
     ) -> None:
@@ -104,11 +112,13 @@ class Resolver:
         for name, entry in hosts.items():
             self._fixed[name] = Resolution(entry.addresses, inf, from_hosts=True, port=entry.port)
         self._nameservers = tuple(nameservers)
+        self._forward = {zone: tuple(servers) for zone, servers in (forward or {}).items()}
         self._clock = clock
         self._timeout_s = timeout_s
         self._attempts = attempts
         self._min_ttl_s = min_ttl_s
         self._max_ttl_s = max_ttl_s
+        self._max_stale_s = max_stale_s
         self._max_entries = max_entries
         self._told = told
         self._known: OrderedDict[Hostname, Resolution | _Absent] = OrderedDict()
@@ -144,6 +154,21 @@ class Resolver:
             raise ResolverFailed(name, ["the resolver was closed"])
         return task.result()
 
+    def is_fixed(self, name: Hostname) -> bool:
+        """Whether the operator or the machine says where `name` is, so that no server is asked."""
+        return name in self._fixed
+
+    def is_forwarded(self, name: Hostname) -> bool:
+        """Whether `name` is in a zone that has name servers of its own."""
+        return bool(self._forward) and any(zone in self._forward for zone in (name, *parents(name)))
+
+    def _servers_of(self, name: Hostname) -> Sequence[Nameserver]:
+        if self._forward:
+            for zone in (name, *parents(name)):
+                if zone in self._forward:
+                    return self._forward[zone]
+        return self._nameservers
+
     async def close(self) -> None:
         """End the queries under way; those who wait for them get ResolverFailed."""
         tasks = tuple(self._pending.values())
@@ -155,14 +180,17 @@ class Resolver:
         del self._pending[name]
         if not task.cancelled():
             # Those who wait see the exception; when all have left, asyncio would complain that nobody looked at it.
-            self._told(_outcome(task.exception()), self._clock() - begun)
+            error = task.exception()
+            is_stale = error is None and task.result().is_stale
+            self._told(Lookup.STALE if is_stale else _outcome(error), self._clock() - begun)
 
     def _remembered(self, name: Hostname) -> Resolution | _Absent | None:
         entry = self._known.get(name)
         if entry is None:
             return None
-        if entry.expires <= self._clock():
-            del self._known[name]
+        if entry.expires <= (now := self._clock()):
+            if not isinstance(entry, Resolution) or entry.useful_until <= now:
+                del self._known[name]
             return None
         self._known.move_to_end(name)
         return entry
@@ -181,15 +209,30 @@ class Resolver:
             if len(answers) < 2:
                 ttl_s = min(ttl_s, PARTIAL_TTL_S)
             addresses = tuple(address for answer in found for address in answer.addresses[:MAX_ADDRESSES])
-            resolution = Resolution(addresses, self._expires(ttl_s))
+            expires = self._expires(ttl_s)
+            resolution = Resolution(addresses, expires, useful_until=expires + self._max_stale_s)
             self._remember(name, resolution)
             return resolution
         exists = all(answer.rcode != Rcode.NXDOMAIN for answer in answers)
         if exists and len(answers) < 2:  # a family nobody told us about may have addresses
+            if stale := self._stale(name):
+                return stale
             raise ResolverFailed(name, faults)
         absent = _Absent(exists, self._expires(min(answer.negative_ttl_s or 0 for answer in answers)))
         self._remember(name, absent)
         raise NameNotFound(name, exists=exists, expires=absent.expires)
+
+    def _stale(self, name: Hostname) -> Resolution | None:
+        """What was known before, for a while more (RFC 8767): a name server that is dead must not end what works.
+
+        Bounded, since an address that its name has left may be anybody's.
+        """
+        former, now = self._known.get(name), self._clock()
+        if not isinstance(former, Resolution) or former.useful_until <= now:
+            return None
+        stale = replace(former, expires=min(now + STALE_TTL_S, former.useful_until), is_stale=True)
+        self._remember(name, stale)
+        return stale
 
     def _expires(self, ttl_s: int) -> float:
         return self._clock() + min(max(ttl_s, self._min_ttl_s), self._max_ttl_s)
@@ -207,10 +250,17 @@ class Resolver:
         answers = [outcome for outcome in outcomes if isinstance(outcome, Answer)]
         return answers, [fault for outcome in outcomes if isinstance(outcome, list) for fault in outcome]
 
+    async def ask(self, name: Hostname, qtype: int) -> Answer:
+        """A server's answer to one question, not remembered. Raises ResolverFailed."""
+        outcome = await self._ask_any(name, qtype)
+        if isinstance(outcome, Answer):
+            return outcome
+        raise ResolverFailed(name, outcome)
+
     async def _ask_any(self, name: Hostname, qtype: int) -> Answer | list[str]:
         """The first server's answer, or what each of them did instead."""
         faults = []
-        for nameserver in self._nameservers * self._attempts:
+        for nameserver in (*self._servers_of(name),) * self._attempts:
             try:
                 answer = await self._ask(nameserver, name, qtype)
             except TimeoutError:

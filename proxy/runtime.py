@@ -29,6 +29,7 @@ from proxy.own_doors import OwnDoors
 from proxy.policy_in_force import PolicyInForce
 from proxy.record import Peer, Record, Sink, new_id, record_of
 from proxy.relays.dns import DnsRelay
+from proxy.relays.dns_budget import NewNames
 from proxy.resolver import Resolver
 from proxy.sandbox import ClosedPorts, Sandbox
 from proxy.upstream_proxy import SiteProxy
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from proxy.explicit.verifier import Verifier
 
 NTP_PORT = 123
+DNS_PAUSE_S = 1.0
 SETTLE_S = 0.25
 LOOK_S = 0.005
 SETTLE_TURNS = 4  # of the loop: epoll reports, a door accepts, a hello is peeked
@@ -52,6 +54,9 @@ class Settings:
     workload     every connection is this workload's; None: as its source address or its user says
     upstream_ca  path of the roots that upstreams are verified against; None: the system's
     nameservers  None: the system's
+    forward      zones with name servers of their own
+    search       domains that workloads append to names; None: the system's
+    new_names    what each workload may look up below each wildcard
     own_doors    addresses and ports that the gate and its supervisor listen on, which nothing may be sent to
 
     With `upstream_proxy` nothing is dialled past the site's proxy, but what the operator names.
@@ -63,6 +68,9 @@ class Settings:
     hosts: Mapping[Hostname, HostsEntry] = field(default_factory=dict)
     upstream_ca: str | None = None
     nameservers: Sequence[Nameserver] | None = None
+    forward: Mapping[Hostname, Sequence[Nameserver]] = field(default_factory=dict)
+    search: Sequence[Hostname] | None = None
+    new_names: NewNames = field(default_factory=NewNames)
     upstream_proxy: UpstreamProxy | None = None
     own_doors: Sequence[Peer] = ()
     limits: Limits = field(default_factory=Limits)
@@ -95,7 +103,9 @@ class Gate:
         nameservers = system_nameservers() if settings.nameservers is None else settings.nameservers
         system_hosts = read_hosts_file()
         counts = counts or Counts()
-        self._resolver = Resolver(settings.hosts, nameservers, system_hosts=system_hosts, told=counts.looked_up)
+        self._resolver = Resolver(
+            settings.hosts, nameservers, forward=settings.forward, system_hosts=system_hosts, told=counts.looked_up
+        )
         is_own = OwnDoors(settings.own_doors).holds
         proxy = settings.upstream_proxy
         site = SiteProxy(proxy, settings.hosts, self._resolver, is_own=is_own) if proxy else None
@@ -132,7 +142,8 @@ class Gate:
             self._note,
             workload=self._in_force.identify,
             generation=lambda: self.generation,
-            search=system_search(),
+            new_names=settings.new_names,
+            search=system_search() if settings.search is None else settings.search,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._closed_ports: ClosedPorts | None = None
@@ -159,6 +170,7 @@ class Gate:
         if former is not None:
             former.close()
         self._lookups.keep(policy.index)
+        self._dns.keep(policy.index)
         await self._inspector.swap()
 
     def sign_by(self, issuing: str) -> None:
@@ -179,6 +191,8 @@ class Gate:
             "outgate_connections_accepted_total": self._listener.accepted,
             "outgate_connections_open": self._listener.open_connections,
             "outgate_names_remembered": self._resolver.remembered,
+            "outgate_dns_malformed_total": self._dns.malformed,
+            "outgate_dns_search_noise_total": self._dns.search_noise,
         }
 
     def listen(self, sock: socket.socket) -> None:
@@ -193,6 +207,21 @@ class Gate:
         `Entrance` says what the arguments are; one verifier serves any number of sockets.
         """
         self._listener.serve(sock, Entrance(verifier, balancers).meet)
+
+    def answer_dns(self, sock: socket.socket) -> None:
+        """Answer DNS questions to a bound UDP or a listening TCP socket, which is the gate's from now on."""
+        self._tasks.append(asyncio.create_task(self._keep_answering(sock)))
+
+    async def _keep_answering(self, sock: socket.socket) -> None:
+        """A fault of ours or of the kernel leaves questions unanswered for a moment, and none let through."""
+        serve = self._dns.serve_udp if sock.type == socket.SOCK_DGRAM else self._dns.serve_tcp
+        with sock:
+            while True:
+                try:
+                    await serve(sock)
+                except Exception as error:
+                    _report_crash(error, "DNS")
+                    await asyncio.sleep(DNS_PAUSE_S)
 
     def start_inspector(self) -> None:
         """Start its process before it is needed, so that the first inspected connection does not wait for it."""
@@ -214,8 +243,7 @@ class Gate:
             if bound.port != DNS_PORT:
                 self.listen(bound.socket)
                 continue
-            serve = self._dns.serve_udp if bound.kind == "udp" else self._dns.serve_tcp
-            self._tasks.append(asyncio.create_task(serve(bound.socket)))
+            self.answer_dns(bound.socket)
         self._closed_ports = ClosedPorts(sandbox.packets, self._note_closed_port, asyncio.get_running_loop())
 
     async def close(self, grace_s: float = SETTLE_S) -> None:
@@ -243,6 +271,7 @@ class Gate:
             await draining
         finally:
             draining.cancel()
+        await self._dns.close()
         await self._resolver.close()
         if self._compiled is not None:
             self._compiled.close()
@@ -295,6 +324,7 @@ def _configuration(
         workload=settings.workload,
         upstream_ca=settings.upstream_ca,
         hosts=tuple(hosts),
+        forward=tuple((zone, tuple(servers)) for zone, servers in settings.forward.items()),
         system_hosts=tuple((name, tuple(map(str, found))) for name, found in system_hosts.items()),
         nameservers=tuple(nameservers),
         upstream_proxy=(proxy.host, proxy.port, proxy.credentials, tuple(map(str, proxy.direct))) if proxy else None,
@@ -303,8 +333,8 @@ def _configuration(
     )
 
 
-def _report_crash(error: Exception) -> None:
+def _report_crash(error: Exception, what: str = "a connection") -> None:
     """One connection was lost to a fault of ours: said, without its content."""
     where = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
     place = f" at {where.filename.rpartition('/')[2]}:{where.lineno}" if where else ""
-    print(f"outgate: a connection failed inside the gate: {type(error).__name__}{place}", file=sys.stderr)
+    print(f"outgate: {what} failed inside the gate: {type(error).__name__}{place}", file=sys.stderr)

@@ -6,13 +6,17 @@ import asyncio
 import signal
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from proxy.child import leave_no_core
 from proxy.config import Config
+from proxy.hosts import system_nameservers
 from proxy.issuing import reminder
 from proxy.log.target import Target, Turns
 from proxy.options import Misused, Unready, checked_upstream_ca, say
+from proxy.original_dst import parse_address
+from proxy.own_doors import OwnDoors
 from proxy.record import show_peer
 from proxy.service.compiler import compile_policy, request_for
 from proxy.service.doors import DoorTaken, OpenDoor, open_doors
@@ -27,6 +31,7 @@ def serve(config: Config) -> int:
     try:
         _check_files(config)
         doors = open_doors(config)
+        _check_nameservers(config, doors)
         _check_log(config.log)
         asyncio.run(_serve(config, doors))
     except (Unready, DoorTaken) as error:
@@ -66,9 +71,8 @@ async def _serve(config: Config, doors: Sequence[OpenDoor]) -> None:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            for door in doors:
-                what = "proxy clients" if door.is_proxy else "redirected connections"
-                say(f"serving {what} on {show_peer(door.address)}")
+            for what, address in dict.fromkeys((_served(door), door.address) for door in doors):
+                say(f"serving {what} on {show_peer(address)}")
             if admin := supervisor.admin_address:
                 say(f"answering /readyz and /metrics on {show_peer(admin)}")
             await supervisor.run(stop)
@@ -77,6 +81,12 @@ async def _serve(config: Config, doors: Sequence[OpenDoor]) -> None:
         stopping.cancel()
         await asyncio.gather(starting, stopping, return_exceptions=True)
         await supervisor.finish(hurry)
+
+
+def _served(door: OpenDoor) -> str:
+    if door.is_dns:
+        return "DNS"
+    return "proxy clients" if door.is_proxy else "redirected connections"
 
 
 def _check_files(config: Config) -> None:
@@ -96,6 +106,16 @@ def _check_files(config: Config) -> None:
             upstream_proxy.read_credentials(config.upstream_proxy.credentials)
         except upstream_proxy.CredentialsUnusable as error:
             raise Unready(str(error)) from error
+
+
+def _check_nameservers(config: Config, doors: Sequence[OpenDoor]) -> None:
+    """Raises Unready for a gate that would ask itself: no name would ever be found, whoever asks."""
+    own = OwnDoors(door.address for door in doors if door.is_dns)
+    asked = system_nameservers() if config.nameservers is None else config.nameservers
+    for server in (*asked, *chain.from_iterable(config.dns_forward.values())):
+        if own.holds(parse_address(server[0]), server[1]):
+            shown = show_peer(server)
+            raise Unready(f"name server {shown} is --dns-listen of this gate itself; name the site's with --nameserver")
 
 
 def _check_log(target: str | None) -> None:

@@ -11,7 +11,15 @@ from policies.model import Reason
 from proxy.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
-WRITERS = ("record.py", "connection.py", "relays/dns.py", "inspector/outcome.py", "log/lines.py", "log/decision_log.py")
+WRITERS = (
+    "record.py",
+    "connection.py",
+    "relays/dns_answers.py",
+    "relays/ntp/records.py",
+    "inspector/outcome.py",
+    "log/lines.py",
+    "log/decision_log.py",
+)
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted(
     (ROOT / "docs").rglob("*.md")
 )

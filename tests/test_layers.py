@@ -14,17 +14,20 @@ MAY_IMPORT = {
     "pki": {"pki"},
     "policies": {"policies"},
 }
-CORE = ("policies/*.py", "proxy/wire/*.py")
+CORE = (
+    "policies/*.py", "proxy/wire/*.py", "proxy/layout.py", "proxy/ruleset.py",
+    "proxy/relays/ntp/sample.py", "proxy/relays/ntp/selection.py", "proxy/relays/ntp/estimate.py",
+)  # fmt: skip
 PURE_CRYPTO = (
     "pki/authority.py", "pki/profile.py", "pki/constraints.py", "pki/chains.py", "pki/rotation.py", "pki/plan.py",
-    "pki/lint.py", "pki/state.py", "pki/distribution.py", "pki/jks.py",
+    "pki/lint.py", "pki/state.py", "pki/layout.py", "pki/distribution.py", "pki/jks.py", "pki/der.py",
 )  # fmt: skip
 IMPURE = {
     "asyncio", "datetime.now", "glob", "io", "logging", "os", "pathlib", "random", "secrets", "select", "selectors",
     "shutil", "signal", "socket", "ssl", "structlog", "subprocess", "tempfile", "threading", "time", "multiprocessing",
 }  # fmt: skip
 WIRING = {
-    "proxy/runtime.py", "proxy/options.py", "proxy/run.py", "proxy/serve.py", "proxy/advisory.py",
+    "proxy/runtime.py", "proxy/options.py", "proxy/run.py", "proxy/serve.py", "proxy/relay.py", "proxy/advisory.py",
     "proxy/config/reading.py", "proxy/service/supervisor.py", "proxy/service/reloading.py", "proxy/service/compiler.py",
     "proxy/worker/host.py", "proxy/worker/main.py", "proxy/worker/wiring.py",
 }  # fmt: skip

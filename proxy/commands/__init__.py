@@ -1,4 +1,4 @@
-"""The subcommands of `outgate`, one a module, and what they share: the policy options, loading, a rule as JSON."""
+"""The subcommands of `outgate`, one a module, and what they share: options, loading, a rule as JSON."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ tags_option = click.option(
     metavar="FILE",
     help="Service tags as the cloud publishes them (Azure: ServiceTags_Public_DATE.json).",
 )
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def policy_options[F: Callable[..., Any]](command: F) -> F:  # Any: click's own type of what it decorates

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, YES, Json, policy_options, problem_json
+from proxy.commands import NO, YES, Json, json_option, policy_options, problem_json
 
 if TYPE_CHECKING:
     from policies.cases import CaseResult
@@ -44,7 +44,7 @@ class Report:
 @click.command(epilog=EPILOG)
 @policy_options
 @click.option("--strict", is_flag=True, help="Count warnings as errors.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def check(ctx: click.Context, paths: tuple[str, ...], tags: tuple[str, ...], strict: bool, as_json: bool) -> None:
     """Load policy files, run their tests, and warn of what is risky.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, YES, Json, load_policy, policy_options, rule_json
+from proxy.commands import NO, YES, Json, json_option, load_policy, policy_options, rule_json
 
 if TYPE_CHECKING:
     from policies.cases import CaseResult
@@ -27,7 +27,7 @@ JSON keys: ok passed failed cases[file line workload attempt expected got ok rea
 
 @click.command(epilog=EPILOG)
 @policy_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.pass_context
 def test(ctx: click.Context, paths: tuple[str, ...], tags: tuple[str, ...], as_json: bool) -> None:
     """Run the tests written in policy files.

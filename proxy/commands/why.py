@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, USAGE, YES, Json, load_policy, policy_options, rule_json
+from proxy.commands import NO, NOT_STARTED, USAGE, YES, Json, json_option, load_policy, policy_options, rule_json
 
 if TYPE_CHECKING:
     from policies.explain import Explanation
@@ -39,7 +39,7 @@ JSON keys: attempt workload verdict reason because stage rule mode stages[stage 
 @policy_options
 @click.option("-w", "--workload", metavar="NAME", envvar="OUTGATE_WORKLOAD", show_envvar=True, help="Who attempts it.")
 @click.option("--at", "day", type=click.DateTime(["%Y-%m-%d"]), metavar="DATE", help="Judge as of this day (UTC).")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.argument("attempt", nargs=-1, required=True, metavar="ATTEMPT")
 @click.pass_context
 def why(

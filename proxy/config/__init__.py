@@ -55,10 +55,12 @@ class UpstreamProxy:
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Where the gate listens. A proxy's takes CONNECT and absolute form, any other what the kernel redirects to it."""
+    """Where the gate listens. A proxy's takes CONNECT and absolute form, that of the DNS questions by UDP and TCP, any
+    other what the kernel redirects to it."""
 
     address: SocketAddress
     is_proxy: bool = False
+    is_dns: bool = False
 
 
 # What each mode listens on where nobody says: redirected connections, and those to a proxy.
@@ -91,6 +93,12 @@ class Config:
     workload: str | None = None
     listen: tuple[SocketAddress, ...] | None = None  # redirected connections; None: as the mode has it, see `doors`
     proxy_listen: tuple[SocketAddress, ...] | None = None  # CONNECT and absolute form; None: as the mode has it
+    dns_listen: tuple[SocketAddress, ...] = ()
+    dns_search: tuple[Hostname, ...] | None = None  # None: the system's
+    dns_forward: Mapping[Hostname, tuple[Nameserver, ...]] = field(default_factory=dict)  # zones with their own servers
+    dns_new_names: int = 60  # an hour, of one workload below one wildcard
+    dns_new_names_burst: int = 30
+    dns_labels: int = 4
     credentials: str | None = None
     proxy_protocol_from: tuple[Network, ...] = ()
     workers: int = 1
@@ -117,7 +125,11 @@ class Config:
             redirected = _bindable(_DEFAULT_LISTEN[self.mode], has_ipv6)
         if proxied is None:
             proxied = _bindable(_DEFAULT_PROXY_LISTEN[self.mode], has_ipv6)
-        return (*(Door(address) for address in redirected), *(Door(address, is_proxy=True) for address in proxied))
+        return (
+            *(Door(address) for address in redirected),
+            *(Door(address, is_proxy=True) for address in proxied),
+            *(Door(address, is_dns=True) for address in self.dns_listen),
+        )
 
 
 def _bindable(addresses: tuple[SocketAddress, ...], has_ipv6: bool) -> tuple[SocketAddress, ...]:

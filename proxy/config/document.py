@@ -20,6 +20,7 @@ def to_document(config: Config) -> dict[str, object]:
     return document | {
         "proxy_protocol_from": [str(network) for network in config.proxy_protocol_from],
         "hosts": [[name, [str(a) for a in entry.addresses], entry.port] for name, entry in config.hosts.items()],
+        "dns_forward": [[zone, list(servers)] for zone, servers in config.dns_forward.items()],
         "upstream_proxy": proxy and [proxy.host, proxy.port, proxy.credentials, [str(one) for one in proxy.direct]],
         "limits": asdict(config.limits),
         "bounds": asdict(config.bounds),
@@ -38,6 +39,9 @@ def from_document(document: Mapping[str, Any]) -> Config:
         "tags": tuple(document["tags"]),
         "listen": _addresses(document["listen"]),
         "proxy_listen": _addresses(document["proxy_listen"]),
+        "dns_listen": _addresses(document["dns_listen"]),
+        "dns_search": None if (search := document["dns_search"]) is None else tuple(map(Hostname, search)),
+        "dns_forward": {Hostname(zone): _addresses(servers) for zone, servers in document["dns_forward"]},
         "proxy_protocol_from": tuple(map(ip_network, document["proxy_protocol_from"])),
         "nameservers": _addresses(document["nameservers"]),
         "hosts": {

@@ -42,6 +42,7 @@ TOGETHER = """\
 - A policy is required.
 - `mode: sidecar` needs `workload`: every connection comes from the one pod.
 - `mode: proxy` has no `listen`. In the other modes `proxyListen` opens a proxy beside it.
+- `mode: proxy` has no `dnsListen`: its clients send names. `dnsSearch` needs a `dnsListen`, and no name server is one.
 - `credentials` and `proxyProtocolFrom` need a `proxyListen`; that of `mode: proxy` by default is one.
 - `proxyProtocolFrom` names balancers, at most a /8 of IPv4 or a /16 of IPv6: whoever is in it can say to be any source.
 - `upstreamProxy` needs its `url`. Its password stands in a file, never in the url.
@@ -83,7 +84,7 @@ _SAID: Mapping[GateMode, Mapping[str, str]] = {
 _OF_NO_USE: Mapping[GateMode, frozenset[str]] = {
     GateMode.GATEWAY: frozenset({"workload"}),
     GateMode.SIDECAR: frozenset({"credentials", "proxyProtocolFrom"}),
-    GateMode.PROXY: frozenset({"listen", "workload"}),
+    GateMode.PROXY: frozenset({"listen", "dnsListen", "dnsSearch", "workload"}),
 }
 
 

@@ -13,7 +13,7 @@ from policies.keys import Scope, Wrong
 from policies.model import Place
 from policies.spelling import nearest
 from policies.tree import ListNode, Node, Scalar, Source, parse
-from proxy.config import Config, GateMode, SocketAddress, UpstreamProxy
+from proxy.config import Config, Door, GateMode, SocketAddress, UpstreamProxy
 from proxy.config.file import read_gate
 from proxy.config.key import PREFIX, ConfigKey
 from proxy.config.keys import BY_PATH, KEYS
@@ -202,6 +202,11 @@ def _contradictions(config: Config, said: Layer) -> Iterator[str]:
     if config.mode is GateMode.PROXY and "listen" in said:
         repair = f"say {BY_PATH['proxyListen'].flag}, or mode gateway"
         yield f"{said['listen'].by}: mode proxy takes no redirected connections; {repair}"
+    if config.mode is GateMode.PROXY and config.dns_listen:
+        yield f"{said['dnsListen'].by}: clients of mode proxy send names and ask for none; say mode gateway"
+    if "dnsSearch" in said and not config.dns_listen:
+        yield f"{said['dnsSearch'].by}: dnsSearch is about DNS questions, and none are taken; {_ways('dnsListen')}"
+    yield from _asks_itself(config, said)
     if not any(door.is_proxy for door in config.doors()):
         for path in ("credentials", "proxyProtocolFrom"):
             if path in said:
@@ -217,8 +222,17 @@ def _contradictions(config: Config, said: Layer) -> Iterator[str]:
     yield from _twice(config, said)
 
 
+def _asks_itself(config: Config, said: Layer) -> Iterator[str]:
+    """A name server that is this gate's own would ask itself until nothing is left."""
+    asked = [("nameservers", server) for server in config.nameservers or ()]
+    asked += [("dnsForward", server) for servers in config.dns_forward.values() for server in servers]
+    for path, server in asked:
+        if server in config.dns_listen:
+            yield f"{said[path].by}: {show_peer(server)} is this gate's own dnsListen; name the site's server"
+
+
 def _twice(config: Config, said: Layer) -> Iterator[str]:
-    listened = [("proxyListen" if door.is_proxy else "listen", door.address) for door in config.doors()]
+    listened = [(_path_of(door), door.address) for door in config.doors()]
     if config.admin:
         listened.append(("admin", config.admin))
     first: dict[SocketAddress, str] = {}
@@ -228,6 +242,12 @@ def _twice(config: Config, said: Layer) -> Iterator[str]:
             by = said.get(path) or said[before]  # the defaults are not at odds, so one of the two was said
             yield f"{by.by}: {show_peer(address)} is taken twice, by {before} and {path}; say another port"
         first.setdefault(address, path)
+
+
+def _path_of(door: Door) -> str:
+    if door.is_dns:
+        return "dnsListen"
+    return "proxyListen" if door.is_proxy else "listen"
 
 
 def _ways(path: str) -> str:

@@ -175,6 +175,45 @@ def _read_host_texts(node: Node, scope: Scope) -> dict[Hostname, HostsEntry]:
         raise scope.wrong(node, f"{quote(error.text)}: {error.message}") from error
 
 
+def _read_name(node: Node, scope: Scope) -> Hostname:
+    text = read_text(node, scope)
+    try:
+        return parse_hostname(text)
+    except MalformedName as error:
+        raise scope.wrong(node, error.message, error.repair or "write a name, for example cluster.local") from error
+
+
+def _read_zones(node: Node, scope: Scope) -> dict[Hostname, tuple[Nameserver, ...]]:
+    """A zone to its name server or several."""
+    if type(node) is not MapNode:
+        raise scope.wrong(node, f"{node.kind} where zones must stand", "write ZONE: ADDRESS below it")
+    zones: dict[Hostname, tuple[Nameserver, ...]] = {}
+    problems: list[Problem] = []
+    for key, value in node.entries:
+        try:
+            zone = _read_name(key, scope)
+            if zone in zones:
+                raise scope.wrong(key, f"{quote(key.text)} stands here twice", "list its servers in one place")
+            zones[zone] = tuple(NAMESERVERS.read(value, scope))
+        except Wrong as error:
+            problems += error.problems
+    if problems:
+        raise Wrong(problems)
+    return zones
+
+
+def _read_zone_texts(node: Node, scope: Scope) -> dict[Hostname, tuple[Nameserver, ...]]:
+    """The same said as `ZONE=ADDRESS`, several times; servers of one zone add up."""
+    zones: dict[Hostname, tuple[Nameserver, ...]] = {}
+    for text in TEXTS.read(node, scope):
+        name, equals, server = text.partition("=")
+        if not equals:
+            raise scope.wrong(node, f"{quote(text)} names no server", "write ZONE=ADDRESS, or ZONE=ADDRESS:PORT")
+        zone = _read_name(Scalar(name, False, 1, 1), scope)
+        zones[zone] = (*zones.get(zone, ()), _read_nameserver(Scalar(server, False, 1, 1), scope))
+    return zones
+
+
 def _shown(node: Node) -> str:
     return quote(node.text) if type(node) is Scalar else node.kind
 
@@ -206,3 +245,14 @@ HOSTS = Shape(
     },
 )
 HOST_TEXTS = Shape(_read_host_texts, {})
+_NAME: dict[str, Any] = {"type": "string", "pattern": r"^[^\s*/:@#?%\[\]\\=]+$"}
+NAMES = listing(Shape(_read_name, _NAME), least=1, single=True)
+ZONES = Shape(
+    _read_zones,
+    {
+        "type": "object",
+        "propertyNames": _NAME,
+        "additionalProperties": {"anyOf": [_TARGET, {"type": "array", "items": _TARGET, "minItems": 1}]},
+    },
+)
+ZONE_TEXTS = Shape(_read_zone_texts, {})

@@ -68,6 +68,7 @@ class Configuration:
     upstream_ca  path of a PEM file; None: the system's store
     hosts        name to addresses and port, as the operator said; `system_hosts` as the machine says
     nameservers  address and port each
+    forward      zones with name servers of their own, each with those
     upstream_proxy  the site's proxy: host, port, path of its credentials, names and prefixes that are dialled directly
     own_doors    addresses and ports that the gate listens on
     """
@@ -78,6 +79,7 @@ class Configuration:
     hosts: tuple[tuple[Hostname, tuple[str, ...], int | None], ...] = ()
     system_hosts: tuple[tuple[Hostname, tuple[str, ...]], ...] = ()
     nameservers: tuple[tuple[str, int], ...] = ()
+    forward: tuple[tuple[Hostname, tuple[tuple[str, int], ...]], ...] = ()
     upstream_proxy: tuple[str, int, str | None, tuple[str, ...]] | None = None
     own_doors: tuple[tuple[str, int], ...] = ()
     bounds: Bounds = Bounds()
@@ -96,6 +98,7 @@ class Configuration:
             hosts=tuple((name, tuple(addresses), port) for name, addresses, port in fields["hosts"]),
             system_hosts=tuple((name, tuple(addresses)) for name, addresses in fields["system_hosts"]),
             nameservers=tuple((address, port) for address, port in fields["nameservers"]),
+            forward=tuple((zone, tuple((host, port) for host, port in servers)) for zone, servers in fields["forward"]),
             upstream_proxy=site and (*site[:3], tuple(site[3])),
             own_doors=tuple((address, port) for address, port in fields["own_doors"]),
             bounds=Bounds(**fields["bounds"]),

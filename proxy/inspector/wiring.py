@@ -127,7 +127,13 @@ def wire(
 def _resolver(configuration: Configuration, counts: Counts) -> Resolver:
     hosts = {name: HostsEntry(tuple(map(ip_address, texts)), port) for name, texts, port in configuration.hosts}
     system = {name: tuple(map(ip_address, texts)) for name, texts in configuration.system_hosts}
-    return Resolver(hosts, configuration.nameservers, system_hosts=system, told=counts.looked_up)
+    return Resolver(
+        hosts,
+        configuration.nameservers,
+        forward=dict(configuration.forward),
+        system_hosts=system,
+        told=counts.looked_up,
+    )
 
 
 def _site_proxy(

@@ -31,6 +31,7 @@ class Lookup(StrEnum):
 
     KNOWN = "known"  # in the operator's hosts or remembered: nobody was asked
     ANSWERED = "answered"
+    STALE = "stale"  # no server answered, and what was known before serves on
     NOT_FOUND = "not_found"
     FAILED = "failed"
 
@@ -140,9 +141,16 @@ METRICS: dict[str, Metric] = {
             verdict=_VERDICT,
         ),
         # names and upstreams
-        _counter("outgate_lookups_total", "Names resolved for flows, by outcome.", outcome=_texts(Lookup)),
+        _counter(
+            "outgate_lookups_total", "Names resolved for flows and DNS questions, by outcome.", outcome=_texts(Lookup)
+        ),
         _histogram("outgate_lookup_duration_seconds", "How long nameservers took to answer or to fail.", _SETUPS_S),
         _gauge("outgate_names_remembered", "Names whose addresses, or whose absence, the resolver remembers."),
+        _counter("outgate_dns_malformed_total", "DNS messages of workloads that were no question, and got no answer."),
+        _counter(
+            "outgate_dns_search_noise_total",
+            "Allowed names asked for with a search domain behind them, answered here and not recorded.",
+        ),
         _histogram(
             "outgate_upstream_connect_duration_seconds",
             "How long it took to connect upstreams, or to fail.",

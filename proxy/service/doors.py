@@ -7,6 +7,7 @@ a worker that died waits for the next one instead of being reset.
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
@@ -14,6 +15,7 @@ from proxy.config import Config, Door, SocketAddress
 from proxy.record import show_peer
 
 BACKLOG = 4096
+PORTS_TRIED = 16
 
 
 class DoorTaken(Exception):
@@ -22,10 +24,11 @@ class DoorTaken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenDoor:
-    """One port. `sockets` has one for each worker; the kernel spreads connections over them."""
+    """One port. `sockets` has one for each worker; the kernel spreads connections, and datagrams, over them."""
 
     is_proxy: bool
     sockets: tuple[socket.socket, ...]
+    is_dns: bool = False
 
     @property
     def address(self) -> SocketAddress:
@@ -43,17 +46,48 @@ def open_doors(config: Config) -> tuple[OpenDoor, ...]:
     opened: list[OpenDoor] = []
     for door in doors:
         try:
-            sockets = open_sockets(door.address, config.workers, takes_ipv4=_takes_ipv4(door, doors))
+            for sockets in _open(door, config.workers, takes_ipv4=_takes_ipv4(door, doors)):
+                opened.append(OpenDoor(door.is_proxy, sockets, door.is_dns))
         except OSError as error:
             for other in opened:
                 other.close()
-            flag = "--proxy-listen" if door.is_proxy else "--listen"
-            raise DoorTaken(f"{flag} {show_peer(door.address)}: {error.strerror or error}") from error
-        opened.append(OpenDoor(door.is_proxy, sockets))
+            raise DoorTaken(f"{_flag(door)} {show_peer(door.address)}: {error.strerror or error}") from error
     return tuple(opened)
 
 
-def open_sockets(address: SocketAddress, count: int = 1, *, takes_ipv4: bool = False) -> tuple[socket.socket, ...]:
+def _flag(door: Door) -> str:
+    if door.is_dns:
+        return "--dns-listen"
+    return "--proxy-listen" if door.is_proxy else "--listen"
+
+
+def _open(door: Door, count: int, *, takes_ipv4: bool) -> Iterator[tuple[socket.socket, ...]]:
+    """The sockets of a door; of one for DNS those for TCP, then those for UDP on the same port. Raises OSError."""
+    for tries_left in range(PORTS_TRIED, 0, -1):
+        streams = open_sockets(door.address, count, takes_ipv4=takes_ipv4)
+        if not door.is_dns:
+            yield streams
+            return
+        address = (door.address[0], streams[0].getsockname()[1])
+        try:
+            datagrams = open_sockets(address, count, takes_ipv4=takes_ipv4, kind=socket.SOCK_DGRAM)
+        except OSError:
+            for sock in streams:
+                sock.close()
+            if door.address[1] or tries_left == 1:  # the port that was asked for; a free one may be taken for UDP alone
+                raise
+        else:
+            yield from (streams, datagrams)
+            return
+
+
+def open_sockets(
+    address: SocketAddress,
+    count: int = 1,
+    *,
+    takes_ipv4: bool = False,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+) -> tuple[socket.socket, ...]:
     """`count` listening sockets on one address. Raises OSError, also where another program listens there.
 
     SO_REUSEPORT would share the port with any program of the same user that asks for it too: another gate, started by
@@ -62,9 +96,11 @@ def open_sockets(address: SocketAddress, count: int = 1, *, takes_ipv4: bool = F
     sockets: list[socket.socket] = []
     try:
         for _ in range(count):
-            sock = _bind(sockets[0].getsockname() if sockets else address, shares=bool(sockets), takes_ipv4=takes_ipv4)
+            where = sockets[0].getsockname() if sockets else address
+            sock = _bind(where, kind, shares=bool(sockets), takes_ipv4=takes_ipv4)
             sockets.append(sock)
-            sock.listen(BACKLOG)
+            if kind == socket.SOCK_STREAM:
+                sock.listen(BACKLOG)
             if count > 1:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, True)
     except OSError:
@@ -74,11 +110,12 @@ def open_sockets(address: SocketAddress, count: int = 1, *, takes_ipv4: bool = F
     return tuple(sockets)
 
 
-def _bind(address: tuple[str, int], *, shares: bool, takes_ipv4: bool) -> socket.socket:
+def _bind(address: tuple[str, int], kind: socket.SocketKind, *, shares: bool, takes_ipv4: bool) -> socket.socket:
     is_ipv4 = ip_address(address[0].partition("%")[0]).version == 4
-    sock = socket.socket(socket.AF_INET if is_ipv4 else socket.AF_INET6, socket.SOCK_STREAM)
+    sock = socket.socket(socket.AF_INET if is_ipv4 else socket.AF_INET6, kind)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)  # connections of before that are in TIME_WAIT
+        if kind == socket.SOCK_STREAM:  # connections of before are in TIME_WAIT; for UDP it would let others in
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
         if not is_ipv4:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not takes_ipv4)
         if shares:

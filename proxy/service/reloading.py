@@ -139,7 +139,7 @@ class Reloads:
         if self.generation != before:
             say(f"policy {self.generation} is in force")
         if self.issuers is not issuers:
-            say(f"{self.issuers} is in force: new connections are shown leaves of it")
+            say(_news(issuers, self.issuers))
         outcome = ReloadOutcome.REFUSED if report.problems else ReloadOutcome.LOADED
         return ReloadResult(outcome, self.generation, problems)
 
@@ -188,3 +188,10 @@ class Reloads:
         finally:
             self.is_swapping = False
         return ()
+
+
+def _news(before: Issuers | None, after: Issuers | None) -> str:
+    """What to say of issuing CAs that came into force."""
+    if before and after and before.ids == after.ids:  # a step of a root: other cross certificates go with the leaves
+        return f"{after} has another chain: new connections are sent it"
+    return f"{after} is in force: new connections are shown leaves of it"

@@ -11,6 +11,8 @@ import glob
 import os
 from collections.abc import Sequence
 
+from pki.layout import ISSUING, STATE
+
 LOOK_S = 1.0
 
 type Look = tuple[tuple[str, int, int, int, int, int] | None, ...]
@@ -48,7 +50,7 @@ class Watch:
 def store_files(directory: str) -> list[str]:
     """What the issuing CAs of a store are read from. What stands there may be half of a copy: the rest comes later, and
     is a change as well."""
-    found = ["state.json", *sorted(glob.glob("issuing/*/*", root_dir=directory))]
+    found = [STATE, *sorted(glob.glob(f"{ISSUING}/*/*", root_dir=directory))]
     return [os.path.join(directory, name) for name in found]
 
 

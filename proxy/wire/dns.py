@@ -15,11 +15,13 @@ from ipaddress import IPv4Address, IPv6Address
 
 from policies.addresses import Address
 from policies.hostnames import Hostname
+from proxy.wire import svcb
+from proxy.wire.svcb import HTTPS, SVCB, Service
 
 A, CNAME, SOA, AAAA, OPT = 1, 5, 6, 28, 41
 IN = 1
 TYPE_NAMES = {A: "A", 2: "NS", CNAME: "CNAME", SOA: "SOA", 12: "PTR", 15: "MX", 16: "TXT", AAAA: "AAAA", 33: "SRV"}
-TYPE_NAMES |= {43: "DS", 46: "RRSIG", 48: "DNSKEY", 52: "TLSA", 64: "SVCB", 65: "HTTPS", 255: "ANY", 257: "CAA"}
+TYPE_NAMES |= {43: "DS", 46: "RRSIG", 48: "DNSKEY", 52: "TLSA", SVCB: "SVCB", HTTPS: "HTTPS", 255: "ANY", 257: "CAA"}
 
 MAX_MESSAGE = 65535  # RFC 1035 4.2.2: the length prefix over TCP is 16 bits
 MIN_UDP = 512  # RFC 1035 4.2.1: what every client takes
@@ -48,6 +50,7 @@ _DNSSEC_OK = 0x8000
 _EDE = 15  # RFC 8914 2
 _SOA_SOURCE = b"\x07outgate\x07invalid\0\0"  # MNAME and, as the root, RNAME (RFC 1035 3.3.13)
 _NAME_POINTER = b"\xc0\x0c"  # the question's name, always at offset 12
+_SIZES = {A: 4, AAAA: 16}
 _PLAIN_NAME = re.compile(rb"[!-\[\]-~]*")  # printable ASCII without the backslash
 _PLAIN_BYTES = frozenset(range(0x21, 0x7F)) - {0x2E, 0x5C}
 
@@ -114,7 +117,8 @@ class Answer:
     """What a server said to our question.
 
     addresses       of the asked type, found along the CNAME chain from the asked name and nowhere else
-    ttl_s           the shortest along that chain; 0 without addresses
+    services        the same of HTTPS and SVCB, as far as a client may see them
+    ttl_s           the shortest along that chain; 0 without either
     negative_ttl_s  how long the absence holds (RFC 2308 5), None if the server gave no SOA
     truncated       nothing else was read: ask again over TCP
     """
@@ -124,6 +128,7 @@ class Answer:
     ttl_s: int = 0
     negative_ttl_s: int | None = None
     truncated: bool = False
+    services: tuple[Service, ...] = ()
 
 
 # --- A workload's question
@@ -201,6 +206,13 @@ def build_addresses(query: Query, addresses: Iterable[Address], ttl_s: int) -> b
         _NAME_POINTER + _RECORD.pack(query.type, IN, ttl_s, len(packed)) + packed
         for packed in (address.packed for address in addresses)
     ]
+    return _build(query, Rcode.NOERROR, answers=records)
+
+
+def build_services(query: Query, services: Iterable[Service], ttl_s: int) -> bytes:
+    """NOERROR with these services under the asked name, each with that name as its target."""
+    contents = [svcb.write_service(service) for service in services]
+    records = [_NAME_POINTER + _RECORD.pack(query.type, IN, ttl_s, len(content)) + content for content in contents]
     return _build(query, Rcode.NOERROR, answers=records)
 
 
@@ -299,13 +311,19 @@ def _parse_response(message: bytes, query_id: int, name: bytes, qtype: int) -> A
         return Answer(rcode, truncated=True)
 
     found, aliases, offset = _read_answers(message, offset + 4, answers, name[:-1], qtype)
-    addresses, ttl_s = _follow(name[:-1], found, aliases)
-    if addresses:
-        return Answer(rcode, addresses, ttl_s)
+    owner, contents, ttl_s = _follow(name[:-1], found, aliases)
+    if contents and qtype in svcb.TYPES:
+        read = (svcb.read_service(content, (owner, name[:-1])) for content in contents)
+        if services := tuple(service for service in read if service):
+            return Answer(rcode, ttl_s=ttl_s, services=services)
+        return Answer(rcode, negative_ttl_s=ttl_s)
+    if contents:
+        make = IPv4Address if qtype == A else IPv6Address
+        return Answer(rcode, tuple([make(packed) for packed in contents]), ttl_s)
     return Answer(rcode, negative_ttl_s=_read_negative_ttl(message, offset, authorities))
 
 
-type _Found = dict[bytes, list[tuple[int, bytes]]]  # by owner: TTL and packed address
+type _Found = dict[bytes, list[tuple[int, bytes]]]  # by owner: TTL and content
 type _Aliases = dict[bytes, tuple[int, bytes]]  # by owner: TTL and target
 
 
@@ -313,7 +331,7 @@ def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: i
     found: _Found = {}
     aliases: _Aliases = {}
     owners = {_NAME_POINTER: name}  # by pointer: nearly every record of an answer points to the same few names
-    size = 4 if qtype == A else 16
+    size = _SIZES.get(qtype)
     for _ in range(count):
         pointer = message[offset : offset + 2]
         owner = owners.get(pointer)
@@ -331,7 +349,7 @@ def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: i
         if rclass != IN:
             pass
         elif rtype == qtype:
-            if length != size:
+            if size and length != size:
                 raise MalformedResponse(f"an address of {length} bytes")
             found.setdefault(owner, []).append((_ttl(ttl_s), message[offset:end]))
         elif rtype == CNAME:
@@ -343,15 +361,15 @@ def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: i
     return found, aliases, offset
 
 
-def _follow(name: bytes, found: _Found, aliases: _Aliases) -> tuple[tuple[Address, ...], int]:
-    """The addresses at the end of the chain that starts at `name`. A record beside that chain answers nothing."""
+def _follow(name: bytes, found: _Found, aliases: _Aliases) -> tuple[bytes, tuple[bytes, ...], int]:
+    """The end of the chain that starts at `name` and the records there. One beside that chain answers nothing."""
     shortest_s = MAX_TTL
     for _ in range(MAX_ALIASES + 1):
         if records := found.get(name):
-            make = IPv4Address if len(records[0][1]) == 4 else IPv6Address
-            return tuple([make(packed) for _, packed in records]), min(shortest_s, *[ttl_s for ttl_s, _ in records])
+            shortest_s = min(shortest_s, *[ttl_s for ttl_s, _ in records])
+            return name, tuple([content for _, content in records]), shortest_s
         if name not in aliases:
-            return (), 0
+            return name, (), 0
         ttl_s, name = aliases[name]
         shortest_s = min(shortest_s, ttl_s)
     raise MalformedResponse("a CNAME chain without end")

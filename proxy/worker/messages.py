@@ -24,9 +24,10 @@ class LogTurns:
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """With it comes a listening socket."""
+    """With it comes a listening socket, or one that takes DNS questions as datagrams."""
 
     is_proxy: bool
+    is_dns: bool = False
 
 
 @dataclass(frozen=True, slots=True)

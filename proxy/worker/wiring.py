@@ -16,6 +16,7 @@ from proxy.log.decision_log import open_log
 from proxy.metrics.meter import Meter, Totals
 from proxy.options import new_authority, say
 from proxy.original_dst import redirected_dst
+from proxy.relays.dns_budget import NewNames
 from proxy.runtime import Gate, Settings
 from proxy.worker.messages import Answer, Judge
 
@@ -34,7 +35,7 @@ class Serving:
         self._inner = Totals()
         self._meter = Meter(self._log, self._stats, inner=self._inner)
         self._verifier = Verifier(Path(config.credentials), say) if config.credentials else None
-        self._doors: list[tuple[socket.socket, bool]] = []
+        self._doors: list[tuple[socket.socket, bool, bool]] = []
         self._gate: Gate | None = None
         self._issuing = ""
         self._inspects = False
@@ -43,9 +44,9 @@ class Serving:
     def is_open(self) -> bool:
         return self._gate is not None
 
-    def add_door(self, sock: socket.socket, *, is_proxy: bool) -> None:
-        """One more listening socket, for when there is a policy."""
-        self._doors.append((sock, is_proxy))
+    def add_door(self, sock: socket.socket, *, is_proxy: bool, is_dns: bool = False) -> None:
+        """One more listening socket, or one for DNS, for when there is a policy."""
+        self._doors.append((sock, is_proxy, is_dns))
 
     async def judge_by(self, judge: Judge, compiled: BinaryIO) -> None:
         """Judge by the policy in `compiled`, which is ours from now on. Raises NotCompiled; then all is as it was."""
@@ -79,7 +80,7 @@ class Serving:
 
     async def finish(self, grace_s: float | None, hurry: asyncio.Event) -> None:
         """Accept nothing more; let connections end within `grace_s` (None: as configured), or at `hurry`; write all."""
-        for sock, _ in self._doors:
+        for sock, _, _ in self._doors:
             sock.close()
         if self._gate:
             closing = asyncio.create_task(self._gate.close(self._config.grace_s if grace_s is None else grace_s))
@@ -105,6 +106,11 @@ class Serving:
             hosts=config.hosts,
             upstream_ca=config.upstream_ca,
             nameservers=config.nameservers,
+            forward=config.dns_forward,
+            search=config.dns_search,
+            new_names=NewNames(
+                per_hour=config.dns_new_names, burst=config.dns_new_names_burst, max_labels=config.dns_labels
+            ),
             upstream_proxy=config.upstream_proxy,
             own_doors=self._own_doors(),
             limits=config.limits,
@@ -114,8 +120,10 @@ class Serving:
             policy, settings, original_dst=redirected_dst, record=self._meter, counts=self._meter, inner=self._inner
         )
         self._guard(gate, self._log.is_failing)
-        for sock, is_proxy in self._doors:
-            if is_proxy:
+        for sock, is_proxy, is_dns in self._doors:
+            if is_dns:
+                gate.answer_dns(sock)
+            elif is_proxy:
                 gate.proxy(sock, verifier=self._verifier, balancers=config.proxy_protocol_from)
             else:
                 gate.listen(sock)
@@ -124,7 +132,7 @@ class Serving:
 
     def _own_doors(self) -> list[SocketAddress]:
         """Where this service listens. A wide rule, or a name of the operator's, must not lead to its admin port."""
-        doors: list[SocketAddress] = [sock.getsockname()[:2] for sock, _ in self._doors]
+        doors: list[SocketAddress] = [sock.getsockname()[:2] for sock, _, _ in self._doors]
         return [*doors, self._config.admin] if self._config.admin else doors
 
     def _log_changed(self, is_failing: bool) -> None:

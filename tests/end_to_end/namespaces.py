@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -76,17 +76,22 @@ class Namespaces:
         subprocess.run(self.inside(machine, command), check=True)
 
     def open_socket(self, machine: str, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        """A socket of that machine, held by this process. A thread goes there to make it."""
-        made: list[socket.socket] = []
-        thread = threading.Thread(target=lambda: made.append(self._made_there(machine, family, kind, protocol)))
+        """A socket of that machine, held by this process."""
+        return self.made_there(machine, lambda: socket.socket(family, kind, protocol))
+
+    def made_there[T](self, machine: str, make: Callable[[], T]) -> T:
+        """What `make` gives on that machine. A thread goes there to call it."""
+        made: list[T] = []
+
+        def go() -> None:
+            with open(f"/run/netns/{self._names[machine]}") as there:
+                os.setns(there.fileno(), os.CLONE_NEWNET)
+            made.append(make())
+
+        thread = threading.Thread(target=go)
         thread.start()
         thread.join()
         return made[0]
-
-    def _made_there(self, machine: str, family: int, kind: int, protocol: int) -> socket.socket:
-        with open(f"/run/netns/{self._names[machine]}") as there:
-            os.setns(there.fileno(), os.CLONE_NEWNET)
-        return socket.socket(family, kind, protocol)
 
 
 def _ip(*words: str) -> None:

@@ -240,7 +240,7 @@ class Twin:
             if dialled or lookups:
                 return Answer(Reason.EXPIRED)
             return Answer(Reason.ANCESTOR if any(stands_above(name, rule) for rule in self.rules) else Reason.NO_RULE)
-        if self.attempt.query_type not in ("A", "AAAA"):
+        if self.attempt.query_type not in ("A", "AAAA", "HTTPS", "SVCB"):
             return Answer(Reason.QUERY_TYPE)
         meant = [r for r in dialled if isinstance(r, HostRule | TransportRule) and r.private and self.valid(r)]
         return Answer(Reason.RULE, True, private=bool(meant) if dialled else True)
@@ -495,7 +495,7 @@ attempts = st.builds(
     plain=st.booleans(),
     upgrade=st.sampled_from([None, None, None, "websocket", "h2c"]),
     opened_for=st.none() | names,
-    query_type=st.sampled_from(["A", "AAAA", "TXT"]),
+    query_type=st.sampled_from(["A", "AAAA", "HTTPS", "TXT"]),
     fault=st.sampled_from([None] * 9 + [Reason.MALFORMED_NAME]),
 )
 some_attempts = st.lists(attempts, min_size=8, max_size=16)

@@ -10,6 +10,7 @@ from tests.policies.trees import read_python
 
 NEEDS: Mapping[str, Mapping[str, object]] = {
     "listen": {"mode": "gateway"},
+    "dnsSearch": {"dns_listen": ("127.0.0.1:0",)},
     "credentials": {"proxy_listen": ("127.0.0.1:0",)},
     "proxyProtocolFrom": {"proxy_listen": ("127.0.0.1:0",)},
     "upstreamProxy.credentials": {"upstream_proxy_url": "http://proxy.example:1"},

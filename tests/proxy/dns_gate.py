@@ -23,6 +23,7 @@ from proxy.hosts import HostsEntry
 from proxy.lookups import Lookups
 from proxy.record import Record
 from proxy.relays.dns import DnsLimits, DnsRelay
+from proxy.relays.dns_budget import NewNames
 from proxy.resolver import Resolver
 from proxy.wire.dns import A
 from tests.proxy.nameserver import Nameserver, Received, Script, serving, wire, zone
@@ -57,7 +58,7 @@ workloads:
     mode: audit
     rules: []
 """
-TXT, HTTPS, ANY = 16, 65, 255
+TXT, SRV, SVCB, HTTPS, ANY = 16, 33, 64, 65, 255
 IPV6_FREEBIND = 78  # linux/in6.h
 PUBLIC, PUBLIC6 = "93.184.216.34", "2606:2800:220:1::1"
 
@@ -95,6 +96,8 @@ async def gate(
     port: int = 0,
     hosts: Mapping[str, str] | None = None,
     search: Iterable[str] = (),
+    new_names: NewNames | None = None,
+    forward: Mapping[str, Nameserver] | None = None,
     limits: DnsLimits | None = None,
     judge: Callable[[Attempt], Verdict] | None = None,
     timeout_s: float = 10,
@@ -104,13 +107,15 @@ async def gate(
     lookups = Lookups(clock=clock)
     async with serving(script) as upstream:
         entries = {Hostname(name): HostsEntry((ip_address(text),)) for name, text in (hosts or {}).items()}
-        resolver = Resolver(entries, [upstream.address], clock=clock, timeout_s=timeout_s, attempts=1)
+        zones = {Hostname(zone): [server.address] for zone, server in (forward or {}).items()}
+        resolver = Resolver(entries, [upstream.address], forward=zones, clock=clock, timeout_s=timeout_s, attempts=1)
         relay = DnsRelay(
             judge or partial(decide, loaded),
             resolver,
             lookups,
             records.append,
             workload=partial(identify, loaded),
+            new_names=new_names,
             search=[Hostname(domain) for domain in search],
             limits=limits,
             clock=clock,
@@ -125,6 +130,7 @@ async def gate(
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                await relay.close()
                 await resolver.close()
 
 

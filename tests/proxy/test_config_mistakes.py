@@ -92,6 +92,30 @@ IN_FILE: dict[str, tuple[str, str]] = {
         "mode: proxy\nlisten: 127.0.0.1:1",
         "3:9: mode proxy takes no redirected connections; say --proxy-listen, or mode gateway",
     ),
+    "a proxy that is asked for names": (
+        "mode: proxy\ndnsListen: 127.0.0.1:1",
+        "3:12: clients of mode proxy send names and ask for none; say mode gateway",
+    ),
+    "search domains without questions": ("dnsSearch: a.example", "2:12: dnsSearch is about DNS questions, and none"),
+    "a search domain that is none": ("dnsSearch: 10.0.0.1", "2:12: "),
+    "a zone without a server": ("dnsForward: {a.example: []}", "2:"),
+    "a zone that is no name": ("dnsForward: {10.0.0.1: 10.0.0.2}", "2:14: "),
+    "a zone twice": (
+        "dnsForward: {a.example: 10.0.0.1, A.example: 10.0.0.2}",
+        '2:35: "A.example" stands here twice; list its servers in one place',
+    ),
+    "a server that is the gate itself": (
+        "dnsListen: 127.0.0.1:5300\nnameservers: 127.0.0.1:5300",
+        "3:14: 127.0.0.1:5300 is this gate's own dnsListen; name the site's server",
+    ),
+    "a zone's server that is the gate itself": (
+        "dnsListen: 127.0.0.1:5300\ndnsForward: {a.example: 127.0.0.1:5300}",
+        "127.0.0.1:5300 is this gate's own dnsListen",
+    ),
+    "a port for DNS and the proxy": (
+        "dnsListen: 127.0.0.1:1\nproxyListen: 127.0.0.1:1",
+        "127.0.0.1:1 is taken twice, by proxyListen and dnsListen",
+    ),
     "credentials for nobody": (
         "credentials: users",
         "2:14: credentials is for clients of a proxy, and there is none; say --proxy-listen ADDR:PORT, OUTGATE_PROXY_L",

@@ -1,0 +1,315 @@
+"""Answers a workload's DNS questions: the policy says which names exist for it, the gate's resolver where they are.
+
+It knows messages, and no sockets. A denied name reaches no server; of an allowed one only the judged name does, in a
+query of our own. Every answer is written here from values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
+
+from policies.addresses import Address
+from policies.engine import admit
+from policies.hostnames import Hostname, MalformedName, parse_hostname
+from policies.model import Action, Attempt, HostRule, NameRule, Reason, Stage, Verdict
+from proxy.lookups import Lookups
+from proxy.original_dst import parse_address
+from proxy.record import Peer, Record, Sink, new_id, record_of
+from proxy.relays.dns_budget import Budget, NewNames
+from proxy.relays.dns_services import Found, Services
+from proxy.resolver import NameNotFound, Resolution, Resolver, ResolverFailed
+from proxy.wire.dns import (
+    AAAA,
+    IN,
+    A,
+    ExtendedError,
+    MalformedQuery,
+    Note,
+    Query,
+    build_addresses,
+    build_failure,
+    build_name_error,
+    build_nodata,
+    build_services,
+    parse_query,
+)
+from proxy.wire.svcb import TYPES as SERVICE_TYPES
+
+MAX_TTL_S = 300  # a client must come back before a policy that changed is old news
+DENIED_TTL_S = 5  # and soon after a name was added to it
+MIN_LOOKUP_S = 60  # programs dial later than the TTL of their lookup allows
+
+_VERSIONS = {A: 4, AAAA: 6}
+_ANSWERED_TYPES = frozenset({*_VERSIONS, *SERVICE_TYPES})
+
+# NXDOMAIN is for names that do not exist for this workload. These do, and musl gives up a name whose AAAA is NXDOMAIN.
+_EXISTS = frozenset({Reason.ANCESTOR, Reason.QUERY_TYPE, Reason.PRIVATE_ADDRESS, Reason.NEVER_REACHED})
+# Asked again later, the answer may be another.
+_FAILED = frozenset({Reason.RESOLVER_FAILED, Reason.TOO_MANY_CONNECTIONS, Reason.LOG_FAILED, Reason.GATE_FAILED})
+# A rule for `*.svc.cluster.local` also covers what ndots makes of every name.
+_MAY_BE_NOISE = frozenset({Reason.NO_RULE, Reason.LOOKUP_BUDGET})
+_CODES = {
+    Reason.UNKNOWN_WORKLOAD: ExtendedError.PROHIBITED,
+    Reason.AMBIGUOUS_WORKLOAD: ExtendedError.PROHIBITED,
+    Reason.RESOLVER_FAILED: ExtendedError.NO_REACHABLE_AUTHORITY,
+    Reason.TOO_MANY_CONNECTIONS: ExtendedError.OTHER,
+    Reason.LOG_FAILED: ExtendedError.OTHER,
+    Reason.GATE_FAILED: ExtendedError.OTHER,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question, judged and not answered yet."""
+
+    query: Query
+    attempt: Attempt
+    verdict: Verdict
+    id: str
+    source: Peer
+    destination: Peer
+    generation: str  # of the policy that judged
+    error: str | None = None  # what went wrong on our side
+
+
+class Answers:
+    """Judges and answers one message at a time. `malformed` and `search_noise` count what is not recorded.
+
+    workload    names the workload of a source address
+    generation  names the policy that `decide` judges by
+    search      domains that programs append to names (resolv.conf): `api.example.corp.internal` for an allowed
+                `api.example` is answered here, and is nobody's attempt to reach anything
+    new_names   what each workload may look up below each wildcard of its rules
+    most        lookups under way at once for one workload, and for one source: one pod must not take them all
+    clock       the resolver's
+    """
+
+    def __init__(
+        self,
+        decide: Callable[[Attempt], Verdict],
+        resolver: Resolver,
+        lookups: Lookups,
+        record: Sink,
+        *,
+        workload: Callable[[Address], str],
+        generation: Callable[[], str],
+        search: Sequence[Hostname],
+        new_names: NewNames,
+        most: tuple[int, int],
+        clock: Callable[[], float],
+    ) -> None:
+        self._decide = decide
+        self._resolver = resolver
+        self._lookups = lookups
+        self._record = record
+        self._workload = workload
+        self._generation = generation
+        self._suffixes = tuple("." + domain for domain in search)
+        self._most_of_workload, self._most_of_source = most
+        self._clock = clock
+        self._services = Services(resolver, clock=clock)
+        self._budget = Budget(new_names, clock)
+        self._under_way: Counter[str] = Counter()  # by workload
+        self._under_way_from: Counter[str] = Counter()  # by source address
+        self.malformed = 0
+        self.search_noise = 0
+
+    def keep(self, workloads: Container[str]) -> None:
+        """Forget what other workloads looked up: there are none of theirs any more."""
+        self._budget.keep(workloads)
+
+    async def close(self) -> None:
+        """End the questions under way."""
+        await self._services.close()
+
+    # --- the verdict
+
+    def judge(self, message: bytes, source: Peer, destination: Peer) -> Question | None:
+        """The question with its verdict; None for what is no question, which gets no answer."""
+        try:
+            query = parse_query(message)
+        except MalformedQuery:
+            self.malformed += 1
+            return None
+        host, fault = _parse_host(query.name)
+        attempt = Attempt(
+            Stage.DNS,
+            self._workload(parse_address(source[0])),
+            host,
+            port=destination[1],
+            time=time.time(),
+            query_type=query.type_text,
+            fault=fault,
+        )
+        generation = self._generation()
+        try:
+            return Question(query, attempt, self._decide(attempt), new_id(), source, destination, generation)
+        except Exception as error:  # a fault of ours in one question must not end the answers to all others
+            denial = Verdict(Action.DENY, Reason.GATE_FAILED, Stage.DNS)
+            return Question(query, attempt, denial, new_id(), source, destination, generation, repr(error))
+
+    def answer_now(self, question: Question) -> bytes | None:
+        """The answer, recorded; or None when the resolver has to be asked."""
+        host, query = question.attempt.host, question.query
+        if not question.verdict.is_allow:
+            return self._refuse(question, question.verdict)
+        if host is None or query.qclass != IN or query.type not in _ANSWERED_TYPES:
+            self._note(question, question.verdict)
+            return build_nodata(query, DENIED_TTL_S)
+        if why := self._over_budget(question, host):
+            return self._fail(question, Reason.LOOKUP_BUDGET, why)
+        if query.type in SERVICE_TYPES:
+            found = self._services.cached(host, query.type)
+            return self._give_services(question, found) if found else None
+        resolution = self._resolver.cached(host)
+        return self._give(question, host, resolution) if resolution else None
+
+    def _over_budget(self, question: Question, host: Hostname) -> str | None:
+        """Why this workload may not ask for a name below a wildcard; a zone of the operator's own tells no stranger."""
+        rule = question.verdict.rule
+        if not isinstance(rule, HostRule | NameRule) or question.verdict.would_be:  # audit: no rule admits it
+            return None
+        if self._resolver.is_forwarded(host):
+            return None
+        if rule.pattern.wildcard and self._is_search_noise(question.attempt):  # it would cost a name for nothing
+            return f"an allowed name with a search domain after it, below {rule.pattern}"
+        return self._budget.refuses(question.attempt.workload, rule.pattern, host)
+
+    async def answer_later(self, question: Question) -> bytes:
+        """The answer once the resolver has one, recorded."""
+        workload, host, source = question.attempt.workload, question.attempt.host, question.source[0]
+        assert host is not None  # `answer_now` answers all others
+        for counts, whose, most in (
+            (self._under_way, workload, self._most_of_workload),
+            (self._under_way_from, source, self._most_of_source),
+        ):
+            if counts[whose] >= most:
+                return self._fail(question, Reason.TOO_MANY_CONNECTIONS, f"{most} lookups of {whose} under way")
+        self._under_way[workload] += 1
+        self._under_way_from[source] += 1
+        try:
+            if question.query.type in SERVICE_TYPES:
+                return self._give_services(question, await self._services.look_up(host, question.query.type))
+            resolution = await self._resolver.resolve(host)
+        except NameNotFound as absent:
+            self._note(question, _turn(question.verdict, Reason.NAME_NOT_FOUND))
+            build = build_nodata if absent.exists else build_name_error
+            return build(question.query, self._remaining_s(absent.expires))
+        except ResolverFailed as error:
+            return self._fail(question, Reason.RESOLVER_FAILED, str(error))
+        except asyncio.CancelledError:  # the gate ends, or the client closed; what was asked is told all the same
+            self._note(question, _turn(question.verdict, Reason.CLIENT_GONE))
+            raise
+        except Exception as error:
+            return self._fail(question, Reason.GATE_FAILED, repr(error))
+        finally:
+            release(self._under_way, workload)
+            release(self._under_way_from, source)
+        return self._give(question, host, resolution)
+
+    # --- the answer
+
+    def _give(self, question: Question, host: Hostname, resolution: Resolution) -> bytes:
+        query, verdict = question.query, question.verdict
+        admitted: list[Address] = []
+        refused: list[Address] = []
+        denial = verdict
+        for address in resolution.addresses:
+            if address.version != _VERSIONS[query.type]:
+                continue
+            outcome = admit(verdict, address, from_hosts=resolution.from_hosts)
+            if outcome.is_allow:
+                admitted.append(address)
+            else:
+                refused.append(address)
+                denial = outcome
+        # A public name with a private address is how a stranger's server reaches inside (DNS rebinding).
+        extra: Record = {"dns.answers.refused": [str(address) for address in refused]} if refused else {}
+        if refused and not admitted:
+            return self._refuse(question, denial, extra)
+        self._note(question, verdict, extra)
+        ttl_s = self._remaining_s(resolution.expires)
+        if not admitted:
+            return build_nodata(query, ttl_s)
+        until = self._clock() + max(2 * ttl_s, MIN_LOOKUP_S)
+        self._lookups.note(question.attempt.workload, host, admitted, until)
+        return build_addresses(query, admitted, ttl_s)
+
+    def _give_services(self, question: Question, found: Found) -> bytes:
+        self._note(question, question.verdict)
+        ttl_s = self._remaining_s(found.expires)
+        if not found.services:  # also where the server says NXDOMAIN: that is for A and AAAA to tell
+            return build_nodata(question.query, ttl_s)
+        return build_services(question.query, found.services, ttl_s)
+
+    def _refuse(self, question: Question, denial: Verdict, extra: Record | None = None) -> bytes:
+        query, reason = question.query, denial.reason
+        if reason in _MAY_BE_NOISE and self._is_search_noise(question.attempt):
+            self.search_noise += 1
+            return build_name_error(query, DENIED_TTL_S)
+        self._note(question, denial, extra)
+        note = Note(_CODES.get(reason, ExtendedError.BLOCKED), f"{reason}, decision {question.id}")
+        if reason in _FAILED:
+            return build_failure(query, note)
+        if reason in _EXISTS or not query.name:  # the root is above every name
+            return build_nodata(query, DENIED_TTL_S, note)
+        return build_name_error(query, DENIED_TTL_S, note)
+
+    def _fail(self, question: Question, reason: Reason, what: str) -> bytes:
+        return self._refuse(replace(question, error=what), _turn(question.verdict, reason))
+
+    def _is_search_noise(self, attempt: Attempt) -> bool:
+        for suffix in self._suffixes:
+            if attempt.host is None or not attempt.host.endswith(suffix):
+                continue
+            host, fault = _parse_host(attempt.host.removesuffix(suffix))
+            if fault is None and self._decide(replace(attempt, host=host, query_type="A")).is_allow:
+                return True
+        return False
+
+    def _note(self, question: Question, verdict: Verdict, extra: Record | None = None) -> None:
+        attempt = question.attempt
+        asked: Record = {"dns.question.type": attempt.query_type}
+        if attempt.host is None:
+            asked["dns.question.name"] = question.query.name
+        if question.generation:
+            asked["policy.generation"] = question.generation
+        if question.error is not None:
+            asked["error.message"] = question.error
+        self._record(
+            record_of(
+                attempt,
+                verdict,
+                id=question.id,
+                source=question.source,
+                destination=question.destination,
+                started=attempt.time,
+                extra=asked | (extra or {}),
+            )
+        )
+
+    def _remaining_s(self, expires: float) -> int:
+        return int(min(max(expires - self._clock(), 1), MAX_TTL_S))
+
+
+def release(counts: Counter[str], whose: str) -> None:
+    """One less; who has none is forgotten, or every source that ever asked would stay in memory."""
+    counts[whose] -= 1
+    if counts[whose] <= 0:
+        del counts[whose]
+
+
+def _turn(verdict: Verdict, reason: Reason) -> Verdict:
+    """An allow that came to nothing."""
+    return replace(verdict, action=Action.DENY, reason=reason, would_be=None)
+
+
+def _parse_host(text: str) -> tuple[Hostname | None, Reason | None]:
+    try:
+        return parse_hostname(text), None
+    except MalformedName:
+        return None, Reason.MALFORMED_NAME
