@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 type Address = IPv4Address | IPv6Address
 type Network = IPv4Network | IPv6Network
@@ -102,6 +102,15 @@ _ENDS_IN_V4 = frozenset(
         0x0064FF9B << 64,  # 64:ff9b::a.b.c.d, RFC 6052
     )
 )
+
+
+def is_address(text: str) -> bool:
+    """Whether this is an address literal, without brackets."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def classify(address: Address) -> Reach:

@@ -64,6 +64,20 @@ def load_policy(paths: Sequence[str], tags: Sequence[str], *, exit_code: int) ->
         raise SystemExit(exit_code) from error
 
 
+def workload_named(policy: Policy, name: str | None) -> str:
+    """The workload of `-w`; where the policy has only one, that one is meant. Ends the command with a usage error."""
+    from policies.spelling import did_you_mean
+    from proxy.console import stop
+
+    if name is None and len(policy.workloads) == 1:
+        return next(iter(policy.workloads))
+    if name is None:
+        stop(f"which workload? add -w NAME; {did_you_mean('', policy.workloads)}", USAGE)
+    if name not in policy.workloads:
+        stop(f'unknown workload "{name}"; {did_you_mean(name, policy.workloads)}', USAGE)
+    return name
+
+
 def problem_json(problem: Problem) -> Json:
     place = problem.place
     where = {"file": place.file, "line": place.line, "column": place.column}

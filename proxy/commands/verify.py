@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, USAGE, YES, load_policy, tags_option
+from proxy.commands import NO, NOT_STARTED, USAGE, YES, load_policy, tags_option, workload_named
 
 if TYPE_CHECKING:
     from policies.index import Policy
@@ -74,7 +74,7 @@ def verify(
     expects it. Without --allowed no host of the policy's is contacted.
     """
     policy = load_policy(paths, tags, exit_code=NOT_STARTED) if paths else None
-    name = _workload(policy, workload)
+    name = workload_named(policy, workload) if policy else ""
 
     from proxy.console import Console
     from proxy.verify import report
@@ -111,22 +111,6 @@ def _exit_code(rows: Sequence[Row]) -> int:
     if Status.LEAK in statuses:
         return NO
     return NOT_STARTED if Status.FAILED in statuses else YES
-
-
-def _workload(policy: Policy | None, name: str | None) -> str:
-    """Empty without a policy."""
-    from policies.spelling import did_you_mean
-    from proxy.console import stop
-
-    if policy is None:
-        return ""
-    if name is None and len(policy.workloads) == 1:
-        return next(iter(policy.workloads))
-    if name is None:
-        stop(f"which workload? add -w NAME; {did_you_mean('', policy.workloads)}", USAGE)
-    if name not in policy.workloads:
-        stop(f'unknown workload "{name}"; {did_you_mean(name, policy.workloads)}', USAGE)
-    return name
 
 
 def _peer(option: str, text: str | None) -> Peer | None:

@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from proxy.commands import NO, NOT_STARTED, USAGE, YES, Json, json_option, load_policy, policy_options, rule_json
+from proxy.commands import (
+    NO,
+    NOT_STARTED,
+    USAGE,
+    YES,
+    Json,
+    json_option,
+    load_policy,
+    policy_options,
+    rule_json,
+    workload_named,
+)
 
 if TYPE_CHECKING:
     from policies.explain import Explanation
-    from policies.index import Policy
     from policies.words import Step
     from proxy.console import Cell, Console, Span
 
@@ -61,7 +71,7 @@ def why(
     from policies.words import MalformedWords, answer, parse_words
     from proxy.console import Console, stop
 
-    name = _workload(policy, workload)
+    name = workload_named(policy, workload)
     words = " ".join(attempt)  # the quotes around 'GET https://…' are easily forgotten
     time = day.replace(tzinfo=UTC).timestamp() if day else clock.time()
     try:
@@ -74,19 +84,6 @@ def why(
     else:
         _show(Console(), explanation, words, name, audited=audited)
     ctx.exit(YES if audited or explanation.verdict.is_allow else NO)
-
-
-def _workload(policy: Policy, name: str | None) -> str:
-    from policies.spelling import did_you_mean
-    from proxy.console import stop
-
-    if name is None and len(policy.workloads) == 1:
-        return next(iter(policy.workloads))
-    if name is None:
-        stop(f"which workload? add -w NAME; {did_you_mean('', policy.workloads)}", USAGE)
-    if name not in policy.workloads:
-        stop(f'unknown workload "{name}"; {did_you_mean(name, policy.workloads)}', USAGE)
-    return name
 
 
 def _show(console: Console, explanation: Explanation, words: str, workload: str, *, audited: bool) -> None:

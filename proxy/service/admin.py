@@ -19,6 +19,7 @@ import orjson
 from aiohttp import web
 
 from pki.files import UnusableSecret, read_secret
+from policies.addresses import is_address
 from proxy.record import Peer, show_peer
 from proxy.service.status import ReloadOutcome, ReloadResult, Status
 
@@ -236,15 +237,7 @@ def _names_no_stranger(request: web.BaseRequest) -> bool:
     found = _HOST.fullmatch(hosts[0])
     if found is None or len(hosts) > 1:
         return False
-    return found[1].lower() == "localhost" or _is_address(found[1].strip("[]"))
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
+    return found[1].lower() == "localhost" or is_address(found[1].strip("[]"))
 
 
 def _wants_openmetrics(request: web.BaseRequest) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from policies.addresses import is_address
 from proxy.hosts import system_nameservers
 
 # linux/netlink.h, linux/rtnetlink.h and linux/if.h
@@ -65,7 +66,7 @@ def look_around(environment: Mapping[str, str]) -> Place:
     """The place that this process is in."""
     route4, route6 = find_route(_SOMEWHERE4), find_route(_SOMEWHERE6)
     routers = tuple(route.gateway for route in (route4, route6) if route and route.gateway)
-    named = filter(_is_address, (environment.get(variable, "") for variable in _NODE_VARIABLES))
+    named = filter(is_address, (environment.get(variable, "") for variable in _NODE_VARIABLES))
     service, port = environment.get("KUBERNETES_SERVICE_HOST", ""), environment.get("KUBERNETES_SERVICE_PORT", "443")
     return Place(
         is_closed=is_closed(),
@@ -73,7 +74,7 @@ def look_around(environment: Mapping[str, str]) -> Place:
         routers=routers,
         node=next(iter((*named, *routers)), None),
         nameserver=system_nameservers()[0],
-        api=(service if _is_address(service) else _SERVICE, int(port) if port.isdecimal() else 443),
+        api=(service if is_address(service) else _SERVICE, int(port) if port.isdecimal() else 443),
         proxy=_proxy(environment),
         device6=route6.device if route6 else 0,
     )
@@ -143,18 +144,10 @@ def _proxy(environment: Mapping[str, str]) -> tuple[str, int] | None:
     return None
 
 
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 def gate_address(text: str) -> tuple[str, int]:
     """`ADDR:PORT` or `[ADDR6]:PORT`. Raises ValueError, which says how to write it."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not _is_address(host) or not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 65536):
+    if not is_address(host) or not (port.isascii() and port.isdecimal() and 0 < int(port[:6]) < 65536):
         raise ValueError(f'"{text}" is not ADDRESS:PORT; write 10.0.0.1:15001 or [fd00::1]:15001')
     return host, int(port)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address
 
+from policies.addresses import is_address
 from proxy.verify import packets
 from proxy.verify.model import Group, Kind, Probe
 from proxy.verify.place import Place
@@ -166,7 +166,7 @@ def words(scheme: str, address: str, port: int) -> str:
 
 def _http(id: str, group: str, what: str, to: str, port: int, path: str = "/", host: str = "") -> Probe:
     host = host or (f"[{to}]" if ":" in to else to)
-    asks = (words("tcp", to, port), *([] if _is_address(host.strip("[]")) else [f"GET http://{host}:{port}{path}"]))
+    asks = (words("tcp", to, port), *([] if is_address(host.strip("[]")) else [f"GET http://{host}:{port}{path}"]))
     return Probe(
         id=id, group=group, what=what, kind=Kind.HTTP, to=to, port=port,
         say=(packets.http_get(host, path),), sends=f"GET {path}, Host: {host}", words=asks,
@@ -207,14 +207,6 @@ def _datagram(
     return Probe(
         id=id, group=group, what=what, kind=Kind.UDP, to=to, port=port, say=(say,), sends=sends, words=asks
     )  # fmt: skip
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
 
 
 # --- the rows
