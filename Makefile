@@ -27,14 +27,17 @@ find-python:
 demo: setup ## the main job: a request let through and a request refused, on real TLS (no root, no network)
 	@$(VENV)/bin/python scripts/demo.py
 
+# Two at a time, a file each: most of them wait for clients, kernels and clocks.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
 test: system ## every test
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 check: system ## format, lint, types, tests
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 format: setup
 	$(VENV)/bin/ruff format .
