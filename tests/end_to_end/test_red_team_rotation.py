@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import ssl
 import subprocess
 import sys
 import threading
@@ -17,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import trustme
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from pki.authority import certificate_id
 from pki.store import load
+from tests.end_to_end.inspected_origin import options_of_a_service
 from tests.end_to_end.service import Service
 from tests.end_to_end.test_rotation_live import (
     HEAD,
@@ -33,7 +32,6 @@ from tests.end_to_end.test_rotation_live import (
     shows_the_newest,
 )
 from tests.end_to_end.world import CHECKOUT, Ran, World
-from tests.proxy import inspecting
 from tests.proxy.rotating import key_of, new_store, renew_issuing
 
 KILLS = 60
@@ -111,18 +109,7 @@ def test_writers_killed_anywhere_never_show_a_reader_a_wrong_pair_or_nothing(tmp
 
 @pytest.fixture
 def options(tmp_path: Path) -> Iterator[list[str]]:
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(tmp_path / "origin.pem"))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("api.test").configure_cert(context)
-    upstream = inspecting.Origin(context, lambda _head, _sock: inspecting.response())
-    (tmp_path / "token").write_text(TOKEN)
-    (tmp_path / "token").chmod(0o600)
-    yield [
-        "--pki", "pki", "--upstream-ca", "origin.pem", "--host", f"api.test=127.0.0.1:{upstream.port}",
-        "--admin-token", "token",
-    ]  # fmt: skip
-    upstream.close()
+    yield from options_of_a_service(tmp_path, TOKEN)
 
 
 def test_a_store_that_is_shaken_and_swapped_for_another_authoritys_cuts_nobody(

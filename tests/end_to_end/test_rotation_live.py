@@ -19,7 +19,6 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -37,10 +36,10 @@ from pki.authority import (
 from pki.rotation import activate_issuing, activate_root, retire_issuing, stage_issuing, stage_root
 from pki.signer import open_key
 from pki.store import changing, load, save
+from tests.end_to_end.inspected_origin import options_of_a_service
 from tests.end_to_end.service import WAIT_S, Service, children, eventually, signal_to
 from tests.end_to_end.world import a_world
 from tests.pki.softhsm import PIN, make_softhsm
-from tests.proxy import inspecting
 from tests.proxy.rotating import key_of, new_store, renew_issuing
 
 HEAD = "version: 1\nworkloads:\n  app:\n    rules:\n"
@@ -52,19 +51,7 @@ LOADED = 'outgate_reloads_total{result="loaded"}'
 
 @pytest.fixture
 def options(tmp_path: Path) -> Iterator[list[str]]:
-    """Of a service that inspects https://api.test, whose origin runs meanwhile."""
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(tmp_path / "origin.pem"))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("api.test").configure_cert(context)
-    upstream = inspecting.Origin(context, lambda _head, _sock: inspecting.response())
-    (tmp_path / "token").write_text(TOKEN)
-    (tmp_path / "token").chmod(0o600)
-    yield [
-        "--pki", "pki", "--upstream-ca", "origin.pem", "--host", f"api.test=127.0.0.1:{upstream.port}",
-        "--admin-token", "token",
-    ]  # fmt: skip
-    upstream.close()
+    yield from options_of_a_service(tmp_path, TOKEN)
 
 
 class Client:
