@@ -18,17 +18,10 @@ from policies.hostnames import Hostname
 from policies.model import Attempt, Verdict
 from proxy.lookups import Lookups
 from proxy.record import Peer, Sink
+from proxy.relays.datagrams import ANCILLARY_SIZE, Ancillary, ask_for_destination, read_destination
 from proxy.relays.dns_answers import Answers, release
 from proxy.relays.dns_budget import NewNames
-from proxy.relays.dns_sockets import (
-    ANCILLARY_SIZE,
-    Ancillary,
-    accept,
-    ask_for_destination,
-    plain_peer,
-    read_destination,
-    send,
-)
+from proxy.relays.dns_sockets import accept, plain_peer, send
 from proxy.resolver import Resolver
 from proxy.wire.dns import Query, build_truncated
 

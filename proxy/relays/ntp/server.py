@@ -19,6 +19,7 @@ from policies.addresses import Address, Reach, classify
 from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy.original_dst import parse_address
 from proxy.record import Peer
+from proxy.relays.datagrams import ask_for_destination, read_destination
 from proxy.relays.ntp.clock import STAMP_SIZE, Ancillary, Reading, arrived_ns, ask_for_stamps, own_ns, read
 from proxy.relays.ntp.estimate import Estimate
 from proxy.relays.ntp.records import PERIOD_S, PacketRecords
@@ -27,8 +28,6 @@ from proxy.wire.ntp import PORT, SIZE, UNSYNCHRONISED, Answer, Leap, MalformedPa
 BATCH = 32  # datagrams read before other work has its turn
 MAX_WAITING = 256  # queries that wait for a server, in relay mode
 
-_IP_PKTINFO = 8  # ip(7); in `socket` only since Python 3.14
-_PKTINFO = struct.Struct("=I4s4s")  # interface, local address, address in the header
 _PKTINFO6 = struct.Struct("=16sI")  # address, interface
 _ANCILLARY_SIZE = socket.CMSG_SPACE(_PKTINFO6.size) + socket.CMSG_SPACE(STAMP_SIZE)
 _UNKNOWN = Answer(Leap.UNKNOWN, UNSYNCHRONISED)
@@ -96,7 +95,7 @@ class NtpRelay:
         """Answer what arrives on a bound UDP socket until cancelled. Raises OSError if the socket breaks."""
         sock.setblocking(False)
         ask_for_stamps(sock)
-        _ask_for_destination(sock)
+        ask_for_destination(sock)
         port = sock.getsockname()[1]
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
@@ -127,14 +126,14 @@ class NtpRelay:
             except (BlockingIOError, InterruptedError):
                 return
             now = read()
-            asked_at, origin = _read_destination(ancillary)
+            asked_at, origin = read_destination(ancillary)
             if asked_at is None:
                 self.drops[Drop.UNSENT] += 1
                 continue
             query = self._judge(message, source[:2], (asked_at, port))
             if query is None:
                 continue
-            packet = _Packet(sock, source, origin, query, arrived_ns(ancillary, now))
+            packet = _Packet(sock, source, _by_routes(origin), query, arrived_ns(ancillary, now))
             if self._refresh is None:
                 self._answer(packet, now)
             elif len(self._waiting) >= MAX_WAITING:
@@ -259,22 +258,14 @@ class _Buckets:
 # --- datagrams
 
 
-def _ask_for_destination(sock: socket.socket) -> None:
-    if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-    else:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+def _by_routes(origin: Sequence[Ancillary]) -> list[Ancillary]:
+    """Only a link-local address means nothing without the interface it came by; others go by the routes."""
+    return [
+        (level, kind, _without_interface(content) if level == socket.IPPROTO_IPV6 else content)
+        for level, kind, content in origin
+    ]
 
 
-def _read_destination(ancillary: Sequence[Ancillary]) -> tuple[str | None, list[Ancillary]]:
-    """The address that was asked, and what sends an answer from it: a client drops one from any other."""
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
-            packed, interface = _PKTINFO6.unpack(content)
-            # Only a link-local address means nothing without its interface; others go by the routes.
-            kept = interface if IPv6Address(packed).is_link_local else 0
-            return socket.inet_ntop(socket.AF_INET6, packed), [(level, kind, _PKTINFO6.pack(packed, kept))]
-        if (level, kind) == (socket.IPPROTO_IP, _IP_PKTINFO):
-            _, _, asked_at = _PKTINFO.unpack(content)
-            return socket.inet_ntoa(asked_at), [(level, kind, _PKTINFO.pack(0, asked_at, bytes(4)))]
-    return None, []
+def _without_interface(content: bytes) -> bytes:
+    packed, interface = _PKTINFO6.unpack(content)
+    return _PKTINFO6.pack(packed, interface if IPv6Address(packed).is_link_local else 0)
