@@ -19,6 +19,7 @@ from pki.chains import is_signed_by
 from pki.files import write_file
 from pki.rotation import activate_issuing, activate_root, retire_issuing, retire_root, stage_issuing, stage_root
 from pki.store import StoreError, changing, load, load_issuers, load_trusted, save, survey
+from tests.disks import small_disk_at
 from tests.pki.test_store import AUTHORITY, ISSUING, ISSUING_ID, LATER, NOW, OTHER, change, contents, keys, same
 
 CHECKOUT = Path(__file__).parents[2]
@@ -304,19 +305,7 @@ def fill(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 256 KiB in a mount namespace of its own, reached through the process that lives there."""
-    script = 'mount -t tmpfs -o size=256k outgate-test "$0" && echo mounted && read -r _'
-    command = ["unshare", "--mount", "sh", "-c", script, str(tmp_path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as inside:
-        assert inside.stdin is not None
-        assert inside.stdout is not None
-        assert inside.stderr is not None
-        if inside.stdout.readline() != "mounted\n":
-            pytest.skip(f"no mount namespace here: {inside.stderr.read().strip()}")
-        yield Path(f"/proc/{inside.pid}/root{tmp_path}")
-        inside.stdin.write("\n")
-        inside.stdin.flush()
+    yield from small_disk_at(tmp_path, "256k")
 
 
 @pytest.mark.kernel

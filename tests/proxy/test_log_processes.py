@@ -17,6 +17,7 @@ from termios import FIONREAD
 import pytest
 
 from proxy.log.target import Turns, share_turns
+from tests.disks import small_disk_at
 from tests.proxy.gates import PATIENCE_S, eventually
 from tests.proxy.log_writer import AHEAD
 
@@ -155,19 +156,7 @@ def test_file_that_is_rotated_under_load_loses_and_doubles_nothing(turns: int, t
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 2 MiB in a mount namespace of its own, reached through the process that lives there."""
-    script = 'mount -t tmpfs -o size=2m outgate-test "$0" && echo mounted && read -r _'
-    command = ["unshare", "--mount", "sh", "-c", script, str(tmp_path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as inside:
-        assert inside.stdin is not None
-        assert inside.stdout is not None
-        assert inside.stderr is not None
-        if inside.stdout.readline() != "mounted\n":
-            pytest.skip(f"no mount namespace here: {inside.stderr.read().strip()}")
-        yield Path(f"/proc/{inside.pid}/root{tmp_path}")
-        inside.stdin.write("\n")
-        inside.stdin.flush()
+    yield from small_disk_at(tmp_path, "2m")
 
 
 @pytest.mark.kernel
