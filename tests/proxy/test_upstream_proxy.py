@@ -153,8 +153,8 @@ def test_direct_address_is_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.flow.Dial", dial)
     with site_proxy() as site:
         through, original = by(site.address, ip_network("198.51.100.0/24")), going_to("198.51.100.9", 2222)
-        with gate(OPAQUE, through=through, original_dst=original) as it, it.connect() as client:
-            assert refused(client)
+        with gate(OPAQUE, through=through, original_dst=original) as it:
+            assert_refused(it)
             assert it.record()["reason"] == "upstream_refused"
         assert (dialled, site.heads) == ([([ip_address("198.51.100.9")], 2222)], [])
 
