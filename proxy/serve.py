@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from proxy.child import leave_no_core
-from proxy.config import Config
+from proxy.config import Config, DoorKind
 from proxy.hosts import system_nameservers
 from proxy.issuing import reminder
 from proxy.log.target import Target, Turns
@@ -71,7 +71,7 @@ async def _serve(config: Config, doors: Sequence[OpenDoor]) -> None:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            for what, address in dict.fromkeys((_served(door), door.address) for door in doors):
+            for what, address in dict.fromkeys((door.kind.says, door.address) for door in doors):
                 say(f"serving {what} on {show_peer(address)}")
             if admin := supervisor.admin_address:
                 say(f"answering /readyz and /metrics on {show_peer(admin)}")
@@ -81,12 +81,6 @@ async def _serve(config: Config, doors: Sequence[OpenDoor]) -> None:
         stopping.cancel()
         await asyncio.gather(starting, stopping, return_exceptions=True)
         await supervisor.finish(hurry)
-
-
-def _served(door: OpenDoor) -> str:
-    if door.is_dns:
-        return "DNS"
-    return "proxy clients" if door.is_proxy else "redirected connections"
 
 
 def _check_files(config: Config) -> None:
@@ -110,7 +104,7 @@ def _check_files(config: Config) -> None:
 
 def _check_nameservers(config: Config, doors: Sequence[OpenDoor]) -> None:
     """Raises Unready for a gate that would ask itself: no name would ever be found, whoever asks."""
-    own = OwnDoors(door.address for door in doors if door.is_dns)
+    own = OwnDoors(door.address for door in doors if door.kind is DoorKind.DNS)
     asked = system_nameservers() if config.nameservers is None else config.nameservers
     for server in (*asked, *chain.from_iterable(config.dns_forward.values())):
         if own.holds(parse_address(server[0]), server[1]):

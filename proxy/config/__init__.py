@@ -53,14 +53,32 @@ class UpstreamProxy:
     direct: tuple[Pattern | Network, ...] = ()
 
 
+class DoorKind(StrEnum):
+    """What arrives at a door; the value is the key that says where it is."""
+
+    REDIRECTED = "listen"
+    PROXY = "proxyListen"  # CONNECT and absolute form
+    DNS = "dnsListen"  # questions, by UDP and TCP
+
+    @property
+    def says(self) -> str:
+        """What arrives, to people."""
+        return _ARRIVES[self]
+
+
+_ARRIVES = {
+    DoorKind.REDIRECTED: "redirected connections",
+    DoorKind.PROXY: "proxy clients",
+    DoorKind.DNS: "DNS",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Where the gate listens. A proxy's takes CONNECT and absolute form, that of the DNS questions by UDP and TCP, any
-    other what the kernel redirects to it."""
+    """Where the gate listens."""
 
     address: SocketAddress
-    is_proxy: bool = False
-    is_dns: bool = False
+    kind: DoorKind = DoorKind.REDIRECTED
 
 
 # What each mode listens on where nobody says: redirected connections, and those to a proxy.
@@ -127,8 +145,8 @@ class Config:
             proxied = _bindable(_DEFAULT_PROXY_LISTEN[self.mode], has_ipv6)
         return (
             *(Door(address) for address in redirected),
-            *(Door(address, is_proxy=True) for address in proxied),
-            *(Door(address, is_dns=True) for address in self.dns_listen),
+            *(Door(address, DoorKind.PROXY) for address in proxied),
+            *(Door(address, DoorKind.DNS) for address in self.dns_listen),
         )
 
 

@@ -13,7 +13,7 @@ from policies.keys import Scope, Wrong
 from policies.model import Place
 from policies.spelling import nearest
 from policies.tree import ListNode, Node, Scalar, Source, parse
-from proxy.config import Config, Door, GateMode, SocketAddress, UpstreamProxy
+from proxy.config import Config, DoorKind, GateMode, SocketAddress, UpstreamProxy
 from proxy.config.file import read_gate
 from proxy.config.key import PREFIX, ConfigKey
 from proxy.config.keys import BY_PATH, KEYS
@@ -207,7 +207,7 @@ def _contradictions(config: Config, said: Layer) -> Iterator[str]:
     if "dnsSearch" in said and not config.dns_listen:
         yield f"{said['dnsSearch'].by}: dnsSearch is about DNS questions, and none are taken; {_ways('dnsListen')}"
     yield from _asks_itself(config, said)
-    if not any(door.is_proxy for door in config.doors()):
+    if not any(door.kind is DoorKind.PROXY for door in config.doors()):
         for path in ("credentials", "proxyProtocolFrom"):
             if path in said:
                 yield f"{said[path].by}: {path} is for clients of a proxy, and there is none; {_ways('proxyListen')}"
@@ -232,7 +232,7 @@ def _asks_itself(config: Config, said: Layer) -> Iterator[str]:
 
 
 def _twice(config: Config, said: Layer) -> Iterator[str]:
-    listened = [(_path_of(door), door.address) for door in config.doors()]
+    listened = [(door.kind.value, door.address) for door in config.doors()]
     if config.admin:
         listened.append(("admin", config.admin))
     first: dict[SocketAddress, str] = {}
@@ -242,12 +242,6 @@ def _twice(config: Config, said: Layer) -> Iterator[str]:
             by = said.get(path) or said[before]  # the defaults are not at odds, so one of the two was said
             yield f"{by.by}: {show_peer(address)} is taken twice, by {before} and {path}; say another port"
         first.setdefault(address, path)
-
-
-def _path_of(door: Door) -> str:
-    if door.is_dns:
-        return "dnsListen"
-    return "proxyListen" if door.is_proxy else "listen"
 
 
 def _ways(path: str) -> str:

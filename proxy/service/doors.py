@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from proxy.config import Config, Door, SocketAddress
+from proxy.config import Config, Door, DoorKind, SocketAddress
+from proxy.config.keys import BY_PATH
 from proxy.record import show_peer
 
 BACKLOG = 4096
@@ -26,9 +27,8 @@ class DoorTaken(Exception):
 class OpenDoor:
     """One port. `sockets` has one for each worker; the kernel spreads connections, and datagrams, over them."""
 
-    is_proxy: bool
+    kind: DoorKind
     sockets: tuple[socket.socket, ...]
-    is_dns: bool = False
 
     @property
     def address(self) -> SocketAddress:
@@ -47,25 +47,21 @@ def open_doors(config: Config) -> tuple[OpenDoor, ...]:
     for door in doors:
         try:
             for sockets in _open(door, config.workers, takes_ipv4=_takes_ipv4(door, doors)):
-                opened.append(OpenDoor(door.is_proxy, sockets, door.is_dns))
+                opened.append(OpenDoor(door.kind, sockets))
         except OSError as error:
             for other in opened:
                 other.close()
-            raise DoorTaken(f"{_flag(door)} {show_peer(door.address)}: {error.strerror or error}") from error
+            raise DoorTaken(
+                f"{BY_PATH[door.kind].flag} {show_peer(door.address)}: {error.strerror or error}"
+            ) from error
     return tuple(opened)
-
-
-def _flag(door: Door) -> str:
-    if door.is_dns:
-        return "--dns-listen"
-    return "--proxy-listen" if door.is_proxy else "--listen"
 
 
 def _open(door: Door, count: int, *, takes_ipv4: bool) -> Iterator[tuple[socket.socket, ...]]:
     """The sockets of a door; of one for DNS those for TCP, then those for UDP on the same port. Raises OSError."""
     for tries_left in range(PORTS_TRIED, 0, -1):
         streams = open_sockets(door.address, count, takes_ipv4=takes_ipv4)
-        if not door.is_dns:
+        if door.kind is not DoorKind.DNS:
             yield streams
             return
         address = (door.address[0], streams[0].getsockname()[1])

@@ -189,7 +189,7 @@ class Supervisor:
         config = replace(self._config, admin=self.admin_address or self._config.admin)
         yield Configuration(), memory(json.dumps(to_document(config)).encode(), "configuration")
         for door in self._doors:
-            yield Door(door.is_proxy, door.is_dns), door.sockets[number - 1].dup()
+            yield Door(door.kind), door.sockets[number - 1].dup()
         yield from self._reloads.told()
 
     def _judge_again(self, worker: Worker) -> None:

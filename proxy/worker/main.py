@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from proxy.channel import Channel
 from proxy.child import raise_descriptor_limit
+from proxy.config import DoorKind
 from proxy.worker.messages import (
     Configuration,
     Door,
@@ -88,8 +89,8 @@ class _Worker:
 
                 with open(descriptor, "rb") as file:
                     self._serving = Serving(from_document(json.load(file)), self._turns)
-            case Door(is_proxy, is_dns) if descriptor is not None and self._serving:
-                self._serving.add_door(socket.socket(fileno=descriptor), is_proxy=is_proxy, is_dns=is_dns)
+            case Door(kind) if descriptor is not None and self._serving:
+                self._serving.add_door(socket.socket(fileno=descriptor), DoorKind(kind))
             case Judge() | Sign() if self._serving:
                 self._orders.put_nowait((message, descriptor))
             case Question() if self._serving:

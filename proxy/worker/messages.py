@@ -26,8 +26,7 @@ class LogTurns:
 class Door:
     """With it comes a listening socket, or one that takes DNS questions as datagrams."""
 
-    is_proxy: bool
-    is_dns: bool = False
+    kind: str  # a `config.DoorKind`
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from policies.model import Reason
 from proxy.compiled import NotCompiled, read_policy
-from proxy.config import Config, OnLogFailure, SocketAddress
+from proxy.config import Config, DoorKind, OnLogFailure, SocketAddress
 from proxy.explicit.verifier import Verifier
 from proxy.issuing import describe
 from proxy.log.decision_log import open_log
@@ -35,7 +35,7 @@ class Serving:
         self._inner = Totals()
         self._meter = Meter(self._log, self._stats, inner=self._inner)
         self._verifier = Verifier(Path(config.credentials), say) if config.credentials else None
-        self._doors: list[tuple[socket.socket, bool, bool]] = []
+        self._doors: list[tuple[socket.socket, DoorKind]] = []
         self._gate: Gate | None = None
         self._issuing = ""
         self._inspects = False
@@ -44,9 +44,9 @@ class Serving:
     def is_open(self) -> bool:
         return self._gate is not None
 
-    def add_door(self, sock: socket.socket, *, is_proxy: bool, is_dns: bool = False) -> None:
+    def add_door(self, sock: socket.socket, kind: DoorKind) -> None:
         """One more listening socket, or one for DNS, for when there is a policy."""
-        self._doors.append((sock, is_proxy, is_dns))
+        self._doors.append((sock, kind))
 
     async def judge_by(self, judge: Judge, compiled: BinaryIO) -> None:
         """Judge by the policy in `compiled`, which is ours from now on. Raises NotCompiled; then all is as it was."""
@@ -80,7 +80,7 @@ class Serving:
 
     async def finish(self, grace_s: float | None, hurry: asyncio.Event) -> None:
         """Accept nothing more; let connections end within `grace_s` (None: as configured), or at `hurry`; write all."""
-        for sock, _, _ in self._doors:
+        for sock, _ in self._doors:
             sock.close()
         if self._gate:
             closing = asyncio.create_task(self._gate.close(self._config.grace_s if grace_s is None else grace_s))
@@ -120,19 +120,20 @@ class Serving:
             policy, settings, original_dst=redirected_dst, record=self._meter, counts=self._meter, inner=self._inner
         )
         self._guard(gate, self._log.is_failing)
-        for sock, is_proxy, is_dns in self._doors:
-            if is_dns:
-                gate.answer_dns(sock)
-            elif is_proxy:
-                gate.proxy(sock, verifier=self._verifier, balancers=config.proxy_protocol_from)
-            else:
-                gate.listen(sock)
+        for sock, kind in self._doors:
+            match kind:
+                case DoorKind.DNS:
+                    gate.answer_dns(sock)
+                case DoorKind.PROXY:
+                    gate.proxy(sock, verifier=self._verifier, balancers=config.proxy_protocol_from)
+                case DoorKind.REDIRECTED:
+                    gate.listen(sock)
         self._doors.clear()  # they are the gate's
         return gate
 
     def _own_doors(self) -> list[SocketAddress]:
         """Where this service listens. A wide rule, or a name of the operator's, must not lead to its admin port."""
-        doors: list[SocketAddress] = [sock.getsockname()[:2] for sock, _, _ in self._doors]
+        doors: list[SocketAddress] = [sock.getsockname()[:2] for sock, _ in self._doors]
         return [*doors, self._config.admin] if self._config.admin else doors
 
     def _log_changed(self, is_failing: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from policies.hostnames import Hostname, Pattern
-from proxy.config import Config, Door, GateMode, OnLogFailure, UpstreamProxy
+from proxy.config import Config, Door, DoorKind, GateMode, OnLogFailure, UpstreamProxy
 from proxy.config.key import ConfigKey
 from proxy.config.keys import KEYS
 from proxy.config.reading import near_misses, read_config
@@ -305,8 +305,8 @@ LO6, LO4, PROXY = ("::1", 15001), ("127.0.0.1", 15001), ("127.0.0.1", 3128)
         ("gateway", False, [Door(ANY4)]),
         ("sidecar", True, [Door(LO4), Door(LO6)]),
         ("sidecar", False, [Door(LO4)]),
-        ("proxy", True, [Door(PROXY, is_proxy=True)]),
-        ("proxy", False, [Door(PROXY, is_proxy=True)]),
+        ("proxy", True, [Door(PROXY, DoorKind.PROXY)]),
+        ("proxy", False, [Door(PROXY, DoorKind.PROXY)]),
     ],
 )
 def test_each_mode_has_doors_by_default(mode: str, has_ipv6: bool, doors: list[Door]) -> None:
@@ -319,11 +319,11 @@ def test_a_door_that_was_asked_for_stays_on_a_host_without_ipv6() -> None:
     flags = {**POLICY, "listen": ("[::]:15001", "[::1]:1"), "proxy_listen": ("[::1]:2",)}
     config = read_config(None, {}, flags)
 
-    asked = [Door(ANY6), Door(("::1", 1)), Door(("::1", 2), is_proxy=True)]
+    asked = [Door(ANY6), Door(("::1", 1)), Door(("::1", 2), DoorKind.PROXY)]
     assert list(config.doors(has_ipv6=False)) == asked
 
 
 def test_a_gateway_that_is_a_proxy_too_keeps_its_own_door() -> None:
     config = read_config(None, {}, {**POLICY, "proxy_listen": ("127.0.0.1:3128",)})
 
-    assert list(config.doors()) == [Door(ANY6), Door(PROXY, is_proxy=True)]
+    assert list(config.doors()) == [Door(ANY6), Door(PROXY, DoorKind.PROXY)]

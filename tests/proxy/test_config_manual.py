@@ -92,7 +92,7 @@ def test_the_doors_in_the_manual_are_those_of_the_model() -> None:
         for door in Config(policy=(), mode=mode).doors():
             host, port = door.address
             shown = f"`[{host}]:{port}`" if ":" in host else f"`{host}:{port}`"
-            assert re.search(f"{mode}: [^;]*{re.escape(shown)}", rows["proxyListen" if door.is_proxy else "listen"])
+            assert re.search(f"{mode}: [^;]*{re.escape(shown)}", rows[door.kind])
 
 
 @pytest.mark.parametrize("mode", GateMode)

@@ -7,7 +7,7 @@ from contextlib import ExitStack, suppress
 
 import pytest
 
-from proxy.config import Config, SocketAddress
+from proxy.config import Config, DoorKind, SocketAddress
 from proxy.service.doors import DoorTaken, OpenDoor, open_doors
 
 LOOPBACK: SocketAddress = ("127.0.0.1", 0)
@@ -18,7 +18,7 @@ def opened(stack: ExitStack, address: SocketAddress = LOOPBACK, workers: int = 2
     doors = open_doors(Config(policy=(), listen=(LOOPBACK,), dns_listen=(address,), workers=workers))
     for door in doors:
         stack.callback(door.close)
-    return tuple(door for door in doors if door.is_dns)
+    return tuple(door for door in doors if door.kind is DoorKind.DNS)
 
 
 def test_a_dns_door_is_udp_and_tcp_on_one_port() -> None:

@@ -125,9 +125,9 @@ def test_ipv4_has_one_door(case: str) -> None:
 def test_the_doors_of_a_configuration_say_what_arrives() -> None:
     opened = open_doors(Config(policy=(), listen=(LOOPBACK,), proxy_listen=(LOOPBACK,), workers=2))
     try:
-        assert [(door.is_proxy, len(door.sockets), door.address[0]) for door in opened] == [
-            (False, 2, "127.0.0.1"),
-            (True, 2, "127.0.0.1"),
+        assert [(door.kind, len(door.sockets), door.address[0]) for door in opened] == [
+            ("listen", 2, "127.0.0.1"),
+            ("proxyListen", 2, "127.0.0.1"),
         ]
     finally:
         close(opened)

@@ -517,7 +517,7 @@ def ask(door: OpenDoor, target: str) -> int:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 MESSAGES: list[Told | Said] = [
-    LogTurns(), Configuration(), Door(is_proxy=True), Judge("0123456789ab", True), Sign("abc", "PEM"),
+    LogTurns(), Configuration(), Door("proxyListen"), Judge("0123456789ab", True), Sign("abc", "PEM"),
     Question(), Reopen(), Finish(1.5), Judging("0123456789ab"), Signing("abc"),
     Refused("0123456789ab", "why"), Failed("why"),
     Answer(log_failing=True, inspector_failing=False, counted={"a": 1, "b": [1, 2]}),
