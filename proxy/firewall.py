@@ -13,14 +13,17 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from proxy.elements import restore_text
 from proxy.layout import Layout, MalformedLayout, Mode, read_words
-from proxy.nft import Nft, NftRefused, Shown, ask, read_openings, restore
+from proxy.nft import Nft, NftRefused, Shown, ask, read_openings
 from proxy.policy_routing import add_routing, is_routed, remove_routing
-from proxy.ruleset import EGRESS, SIGN, SINCE, TABLE, families_of, has_openings, render
+from proxy.ruleset import EGRESS, SET4, SET6, SIGN, SINCE, TABLE, families_of, has_openings, render
 
 _SIOCGIFFLAGS, _IFF_UP, _IFF_LOOPBACK = 0x8913, 0x1, 0x8  # linux/sockios.h, linux/if.h
 _CAP_NET_ADMIN = 12  # linux/capability.h
 _NO_CAPABILITY = "needs CAP_NET_ADMIN in this network namespace: run it as root there"
+_OF_ANOTHER_VERSION = "made by another version of outgate"
+_SETS = {name: [kind, kind, "inet_proto", "inet_service"] for name, kind in ((SET4, "ipv4_addr"), (SET6, "ipv6_addr"))}
 _AS_WRITTEN = Shown.STATELESS | Shown.TERSE  # without counts, and without what a DNS guard opened
 
 
@@ -67,12 +70,12 @@ def apply(nft: Nft, layout: Layout, *, since: str, is_check: bool = False) -> in
     former = "".join(f"delete table {family} {TABLE}\n" for family in ours if family not in families_of(layout))
     try:
         kept = read_openings(nft) if has_openings(layout) and _has_sets(nft, ours) else []
-        text = former + render(layout, since=since) + restore(kept)
+        text = former + render(layout, since=since) + restore_text(kept)
         nft.run(text, is_check=True)
         if not is_check:
             _put(nft, layout, text)
     except NftRefused as error:
-        raise FirewallRefused(_explained(error)) from error
+        raise FirewallRefused(explained(error)) from error
     except OSError as error:
         raise FirewallRefused(f"the route for --udp-port: {error.strerror or error}") from error
     return len(kept)
@@ -98,7 +101,7 @@ def remove(nft: Nft) -> bool:
             nft.run("".join(f"delete table {family} {TABLE}\n" for family in ours))
         was_routed = remove_routing()
     except NftRefused as error:
-        raise FirewallRefused(_explained(error)) from error
+        raise FirewallRefused(explained(error)) from error
     except OSError as error:
         raise FirewallRefused(f"the route for --udp-port: {error.strerror or error}") from error
     return bool(ours) or was_routed
@@ -112,14 +115,41 @@ def look(nft: Nft) -> InForce | None:
     try:
         return _looked(nft, ours)
     except NftRefused as error:
-        raise FirewallRefused(_explained(error)) from error
+        raise FirewallRefused(explained(error)) from error
+
+
+def require_openings(nft: Nft) -> Layout:
+    """The layout whose rules are in force, where they have sets to open. Raises FirewallRefused."""
+    ours = _our_families(nft)
+    if not ours:
+        raise FirewallRefused("none of our rules is in force: outgate firewall apply loads them")
+    try:
+        layout = read_words(_words(_said(nft, ours)))
+        kinds = {each["set"]["name"]: each["set"]["type"] for each in ask(nft, "list sets") if _is_our_set(each)}
+    except NftRefused as error:
+        raise FirewallRefused(explained(error)) from error
+    except MalformedLayout as error:
+        raise FirewallRefused(f"{_OF_ANOTHER_VERSION}: {error}: outgate firewall apply") from error
+    if not has_openings(layout):
+        repair = "outgate firewall apply --mode gateway, or bridge"
+        raise FirewallRefused(f"the rules in force are a {layout.mode}'s, which let nothing past the gate: {repair}")
+    if kinds != _SETS:
+        raise FirewallRefused(f"sets {SET4} and {SET6}: {_OF_ANOTHER_VERSION}: outgate firewall apply")
+    return layout
+
+
+def _said(nft: Nft, ours: list[str]) -> list[str]:
+    listed = ask(nft, f"list chain {ours[0]} {TABLE} {SIGN}")
+    return [each["rule"].get("comment", "") for each in listed if "rule" in each]
+
+
+def _words(said: list[str]) -> tuple[str, ...]:
+    return tuple(word for word in said if word.startswith("--"))
 
 
 def _looked(nft: Nft, ours: list[str]) -> InForce:
-    said = [
-        each["rule"].get("comment", "") for each in ask(nft, f"list chain {ours[0]} {TABLE} {SIGN}") if "rule" in each
-    ]
-    words = tuple(word for word in said if word.startswith("--"))
+    said = _said(nft, ours)
+    words = _words(said)
     since = next((word.removeprefix(SINCE) for word in said if word.startswith(SINCE)), "")
     counted = {
         counter["name"]: (counter["packets"], counter["bytes"])
@@ -130,7 +160,7 @@ def _looked(nft: Nft, ours: list[str]) -> InForce:
     try:
         layout = read_words(words)
     except MalformedLayout as error:
-        return InForce(words, None, since, counted, 0, (f"made by another version of outgate: {error}",))
+        return InForce(words, None, since, counted, 0, (f"{_OF_ANOTHER_VERSION}: {error}",))
     return InForce(
         words,
         layout,
@@ -151,7 +181,7 @@ def _differences(nft: Nft, layout: Layout, since: str, ours: list[str]) -> Itera
     try:
         nft.run(render(layout, since=since, table=beside, dormant=True))
     except NftRefused as error:
-        yield f"cannot be loaded any more: {_explained(error)}"
+        yield f"cannot be loaded any more: {explained(error)}"
         return
     try:
         for family in wanted:
@@ -183,7 +213,7 @@ def _our_families(nft: Nft) -> list[str]:
         tables = {each["table"]["family"] for each in ask(nft, "list tables") if _is_named(each, "table", TABLE)}
         chains = [each["chain"] for each in ask(nft, "list chains") if _is_named(each, "chain", SIGN)]
     except NftRefused as error:
-        raise FirewallRefused(_explained(error)) from error
+        raise FirewallRefused(explained(error)) from error
     signed = {chain["family"] for chain in chains if chain["table"] == TABLE}
     mine = [family for family in ("inet", "netdev") if family in tables]
     for family in mine:
@@ -200,11 +230,11 @@ def _is_named(each: dict[str, dict[str, str]], kind: str, name: str) -> bool:
 
 
 def _has_sets(nft: Nft, ours: list[str]) -> bool:
-    return "inet" in ours and any(
-        each["set"]["table"] == TABLE and each["set"]["family"] == "inet"
-        for each in ask(nft, "list sets")
-        if "set" in each
-    )
+    return "inet" in ours and any(map(_is_our_set, ask(nft, "list sets")))
+
+
+def _is_our_set(each: dict[str, dict[str, str]]) -> bool:
+    return "set" in each and (each["set"]["family"], each["set"]["table"]) == ("inet", TABLE)
 
 
 def _require_devices(layout: Layout) -> None:
@@ -232,7 +262,7 @@ def _leads_out(device: str) -> bool:
     return bool(flags & _IFF_UP and not flags & _IFF_LOOPBACK)
 
 
-def _explained(error: NftRefused) -> str:
+def explained(error: NftRefused) -> str:
     """nft's text in one line, and what it means where that is known."""
     text = str(error)
     said = "; ".join(line.strip() for line in text.splitlines() if "rror:" in line) or text

@@ -38,6 +38,7 @@ class Layout:
     subnets           the sources that are workloads; none: whatever comes in by the devices
     resolvers         name servers that a workload may ask past the gate, on port 53
     excluded, excluded_ports      destinations that a pod reaches past the gate
+    quic              whether UDP 443 is led to the relay, too
     inbound           whether workloads may answer connections that others make to them
     """
 
@@ -53,6 +54,7 @@ class Layout:
     resolvers: tuple[Address, ...] = ()
     excluded: tuple[Network, ...] = ()
     excluded_ports: tuple[int, ...] = ()
+    quic: bool = False
     inbound: bool = False
     masquerade: bool = False
     ipv6: bool = True
@@ -162,6 +164,7 @@ FLAGS = (
     Flag("--ipv6", "ipv6", _ipv6, "on (default): as IPv4; closed: refused to workloads.", "on|closed", _EVERY),
 )  # fmt: skip
 SWITCHES: dict[str, tuple[str, frozenset[Mode]]] = {
+    "quic": ("UDP 443 is led to the UDP relay, too, not refused. Default: no.", _EVERY),
     "inbound": ("Workloads may answer connections made to them. Default: no.", _EVERY),
     "masquerade": ("What is let out has this machine's source address. Default: gateway yes, bridge no.", _ROUTED),
 }
@@ -243,6 +246,8 @@ def _require_sense(layout: Layout) -> None:
     datagrams = [port for port in (layout.dns_port, layout.ntp_port, layout.udp_port) if port is not None]
     if len(set(ports)) < len(ports) or len(set(datagrams)) < len(datagrams):
         raise MalformedLayout("--gate-port, --dns-port, --ntp-port, --udp-port: two are equal; each relay has its own")
+    if layout.quic and layout.udp_port is None:
+        raise MalformedLayout("--quic: there is no relay to lead it to; say where it listens with --udp-port")
     if layout.dns_port is not None and layout.resolvers:
         raise MalformedLayout("--resolver: the DNS guard of --dns-port answers every question; leave one of them out")
     if layout.is_one_armed and not layout.subnets:

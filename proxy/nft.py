@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import subprocess
-from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntFlag
 from ipaddress import ip_address
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from policies.addresses import Address
+from proxy.elements import Element, Opening, Transport
 from proxy.ruleset import SET4, SET6, TABLE
 
-type Transport = Literal["tcp", "udp"]
-
+_KEY = ("source", "address", "protocol", "port")
 _LIBRARY = "libnftables.so.1"
 _BY_NUMBER: dict[object, Transport] = {6: "tcp", 17: "udp"}  # as nft writes them where /etc/protocols is missing
 _PATIENCE_S = 30  # for the program; a set of 65,536 elements is read within a second
@@ -120,44 +116,7 @@ def ask(nft: Nft, command: str) -> list[dict[str, Any]]:  # Any: nft's JSON, lib
     return [each for each in found if "metainfo" not in each]
 
 
-# --- what a DNS guard opens ---
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """One element of the sets: who may be reached past the gate, for how long from its last refresh, and from now."""
-
-    address: Address
-    protocol: Transport
-    port: int
-    timeout_s: int
-    left_s: int
-
-    @property
-    def set(self) -> str:
-        return SET4 if self.address.version == 4 else SET6
-
-    @property
-    def key(self) -> str:
-        return f"{self.address} . {self.protocol} . {self.port}"
-
-
-def open_element(nft: Nft, address: Address, protocol: Transport, port: int, timeout_s: float) -> None:
-    """Let workloads reach this and nothing else, for `timeout_s`; acknowledged by the kernel. Raises NftRefused.
-
-    Older kernels do not refresh an element that is there, so it is made anew, within one transaction.
-    """
-    whole_s = max(1, math.ceil(timeout_s))
-    one = Opening(address, protocol, port, whole_s, whole_s)
-    add = f"add element inet {TABLE} {one.set} {{ {one.key} timeout {whole_s}s }}"
-    nft.run(f"{add}\ndelete element inet {TABLE} {one.set} {{ {one.key} }}\n{add}")
-
-
-def close_element(nft: Nft, address: Address, protocol: Transport, port: int) -> None:
-    """Open no further connection to it, whether or not it was open. Raises NftRefused."""
-    one = Opening(address, protocol, port, 1, 1)
-    element = f"element inet {TABLE} {one.set} {{ {one.key} }}"
-    nft.run(f"add {element}\ndelete {element}")
+# --- what is let past the gate ---
 
 
 def read_openings(nft: Nft) -> list[Opening]:
@@ -166,16 +125,10 @@ def read_openings(nft: Nft) -> list[Opening]:
     for name in (SET4, SET6):
         [listed] = [each["set"] for each in ask(nft, f"list set inet {TABLE} {name}") if "set" in each]
         for element in (each["elem"] for each in listed.get("elem", ())):
-            address, protocol, port = element["val"]["concat"]
+            if len(element["val"]["concat"]) != len(_KEY):  # of an older version: it says not for whom
+                continue
+            source, address, protocol, port = element["val"]["concat"]
             known_as = _BY_NUMBER.get(protocol, protocol)
-            found.append(Opening(ip_address(address), known_as, port, element["timeout"], element["expires"]))
+            one = Element(ip_address(source), ip_address(address), known_as, port)
+            found.append(Opening(one, element["timeout"], element["expires"]))
     return found
-
-
-def restore(openings: Iterable[Opening]) -> str:
-    """nft's text that opens them for as long as they have left."""
-    return "".join(
-        f"add element inet {TABLE} {one.set} {{ {one.key} timeout {one.timeout_s}s expires {one.left_s}s }}\n"
-        for one in openings
-        if one.left_s > 0
-    )

@@ -24,7 +24,14 @@ GATE_TABLE = 15001  # of routes; no distribution has one of this number
 SINCE = "since "
 
 _NEIGHBOURS = "icmpv6 type { nd-router-solicit, nd-neighbor-solicit, nd-neighbor-advert }"  # IPv6 finds its neighbours
+_NOT_RELAYED = {
+    False: "udp dport { 53, 123, 443 } accept  # QUIC is refused at once: clients go on over TCP",
+    True: "udp dport { 53, 123 } accept",
+}
 _TO_ALL = "fib daddr type { broadcast, multicast } counter name refused drop"
+# Forged is a source that is not reached by the device it came from: what refuses it goes there, and quotes it.
+_NOT_ROUTED_BACK = "fib saddr . iif oif missing"
+_ERRORS = "meta l4proto { icmp, ipv6-icmp }"  # one about an open connection belongs to it, and quotes what it likes
 _HAS_SOCKET = "meta skuid 0-4294967295"  # the kernel's own segments have none, and so no uid
 
 type Lines = Iterator[str]
@@ -83,7 +90,8 @@ def _inet(layout: Layout) -> Lines:
     if has_openings(layout):
         for name, kind in ((SET4, "ipv4_addr"), (SET6, "ipv6_addr")):
             yield f"set {name} {{"
-            yield from _indented([f"type {kind} . inet_proto . inet_service", "flags timeout", f"size {MAX_ELEMENTS}"])
+            kinds = f"type {kind} . {kind} . inet_proto . inet_service"  # source, destination, protocol, port
+            yield from _indented([kinds, "flags timeout", f"size {MAX_ELEMENTS}"])
             yield "}"
     yield from _chain(
         "refuse",
@@ -115,7 +123,8 @@ def _routed(layout: Layout) -> Lines:
     yield from _chain("to_gate", _to_gate(layout))
     yield from _base("entering", "filter hook input priority filter - 10", _goto("to_this_machine", sources))
     yield from _chain("to_this_machine", _to_this_machine(layout))
-    yield from _base("forwarded", "filter hook forward priority filter - 10", _goto("past_the_gate", [comes]))
+    forwarded = [*_reopened(layout), *_goto("past_the_gate", [comes])]
+    yield from _base("forwarded", "filter hook forward priority filter - 10", forwarded)
     yield from _chain("past_the_gate", _past_the_gate(layout))
     if layout.masquerade:
         masquerade = f"{_leaves(layout)} ct mark {MARKED} masquerade"
@@ -125,6 +134,7 @@ def _routed(layout: Layout) -> Lines:
 def _from_workload(layout: Layout) -> Lines:
     """Before anything that could lead it elsewhere, and before connections are known."""
     yield f"{_NEIGHBOURS} accept"
+    yield f"{_NOT_ROUTED_BACK} counter name spoofed drop"
     if layout.subnets and not layout.is_one_armed:
         yield from _closed_but("saddr", layout.subnets, "counter name spoofed drop")
     if not layout.ipv6:
@@ -137,14 +147,21 @@ def _from_workload(layout: Layout) -> Lines:
 
 def _to_relay(layout: Layout, port: int) -> Lines:
     yield "fib daddr type local accept"
-    yield "udp dport { 53, 123, 443 } accept  # QUIC is refused at once: clients go on over TCP"
-    yield from (f"{match} accept" for match in (*_asks(layout), *_OPENED))
+    yield _NOT_RELAYED[layout.quic]
+    yield f"ct mark {MARKED} accept  # what was opened and is established goes on"
+    yield from (f"{match} accept" for match in _asks(layout))
+    # A flow that the relay has had stays the relay's: past it, nothing would mark it any more, and it were refused.
+    yield from (f"ct status & confirmed != confirmed {match} accept" for match in _OPENED)
     for version, family in _FAMILIES:
         led = f"meta nfproto {version} meta l4proto udp tproxy {family} to :{port}"
         yield f"{led} meta mark set meta mark | {MARK:#x} accept"
 
 
-_OPENED = tuple(f"{family} daddr . meta l4proto . th dport @{name}" for family, name in (("ip", SET4), ("ip6", SET6)))
+# An address of this machine is not past the gate: it would be a way to its own services.
+_OPENED = tuple(
+    f"fib daddr type != local {family} saddr . {family} daddr . meta l4proto . th dport @{name}"
+    for family, name in (("ip", SET4), ("ip6", SET6))
+)
 
 
 def _to_gate(layout: Layout) -> Lines:
@@ -177,10 +194,21 @@ def _to_this_machine(layout: Layout) -> Lines:
 def _past_the_gate(layout: Layout) -> Lines:
     """What was opened, and nothing that was there before these rules: that has no mark."""
     yield "ct state invalid counter name invalid drop"
+    for source in _matches("saddr", layout.subnets) if layout.is_one_armed else ("",):
+        yield f"{source} {_ERRORS} goto refuse".lstrip()
     yield f"{_leaves(layout)} ct mark {MARKED} accept"
     if layout.inbound:
         yield "ct direction reply ct state established accept"
+    if layout.is_one_armed:  # a refusal would go out to whomever the packet says that it is from
+        yield from _closed_but("saddr", layout.subnets, "counter name spoofed drop")
     yield "goto refuse"
+
+
+def _reopened(layout: Layout) -> Lines:
+    """A connection that was cut is unknown here, and its server's next segment would count as opening one inward."""
+    if layout.inbound:
+        stray = "ct state new tcp flags & (fin | syn | rst | ack) != syn"
+        yield f"oifname {_names(layout.workload_devices)} {stray} goto refuse"
 
 
 def _leaves(layout: Layout) -> str:
@@ -197,7 +225,7 @@ def _sidecar(layout: Layout) -> Lines:
     open_to_all = [f"{match} accept" for match in (*_asks(layout), *_excluded(layout))]
     yield from _base("attempted", "filter hook output priority raw", _attempted(layout, own))
     if layout.udp_port is not None:
-        yield from _relayed_in_a_pod(layout.udp_port, own, open_to_all)
+        yield from _relayed_in_a_pod(layout, layout.udp_port, own, open_to_all)
     redirected = [
         f"{own} ct mark set ct mark | {MARK:#x} accept",
         *_redirects_of_relays(layout),  # of a local resolver too: it asks others
@@ -224,7 +252,7 @@ def _attempted(layout: Layout, own: str) -> Lines:
     yield from _never_reached()
 
 
-def _relayed_in_a_pod(port: int, own: str, open_to_all: Iterable[str]) -> Lines:
+def _relayed_in_a_pod(layout: Layout, port: int, own: str, open_to_all: Iterable[str]) -> Lines:
     """Routed to lo by its mark, and there given to the relay with its destination."""
     yield from _base(
         "marked",
@@ -233,7 +261,7 @@ def _relayed_in_a_pod(port: int, own: str, open_to_all: Iterable[str]) -> Lines:
             f"{own} accept",
             "fib daddr type local accept",
             *open_to_all,
-            "udp dport { 53, 123, 443 } accept  # QUIC is refused at once: clients go on over TCP",
+            _NOT_RELAYED[layout.quic],
             f"meta l4proto udp meta mark set meta mark | {MARK:#x}",
         ],
     )
