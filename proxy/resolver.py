@@ -134,8 +134,12 @@ class Resolver:
         entry = self._fixed.get(name) or self._remembered(name)
         if not isinstance(entry, Resolution):
             return None
-        self._told(Lookup.KNOWN, 0.0)
+        self.count_known()
         return entry
+
+    def count_known(self) -> None:
+        """One more was served from memory; also by who remembers what `cached` gave."""
+        self._told(Lookup.KNOWN, 0.0)
 
     async def resolve(self, name: Hostname) -> Resolution:
         """The addresses of `name`. Raises NameNotFound if there are none, ResolverFailed if no server would say."""
@@ -143,7 +147,7 @@ class Resolver:
             return found
         absent = self._remembered(name)
         if isinstance(absent, _Absent):
-            self._told(Lookup.KNOWN, 0.0)
+            self.count_known()
             raise NameNotFound(name, exists=absent.exists, expires=absent.expires)
         task = self._pending.get(name)
         if task is None:
@@ -161,6 +165,10 @@ class Resolver:
     def is_forwarded(self, name: Hostname) -> bool:
         """Whether `name` is in a zone that has name servers of its own."""
         return bool(self._forward) and any(zone in self._forward for zone in (name, *parents(name)))
+
+    def is_ours(self, name: Hostname) -> bool:
+        """Whether no stranger hears of it when `name` is looked up."""
+        return self.is_fixed(name) or self.is_forwarded(name)
 
     def _servers_of(self, name: Hostname) -> Sequence[Nameserver]:
         if self._forward:

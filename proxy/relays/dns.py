@@ -9,9 +9,10 @@ import asyncio
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from policies.addresses import Address
 from policies.hostnames import Hostname
@@ -20,13 +21,18 @@ from proxy.lookups import Lookups
 from proxy.record import Peer, Sink
 from proxy.relays.datagrams import ANCILLARY_SIZE, Ancillary, ask_for_destination, read_destination
 from proxy.relays.dns_answers import Answers, release
-from proxy.relays.dns_budget import NewNames
+from proxy.relays.dns_budget import Budget, NewNames
+from proxy.relays.dns_pace import Pace
 from proxy.relays.dns_sockets import accept, plain_peer, send
 from proxy.resolver import Resolver
 from proxy.wire.dns import Query, build_truncated
 
+if TYPE_CHECKING:
+    from proxy.openings import Openings  # here: most gates open nothing
+
 MAX_QUERY = 512  # RFC 1035 4.2.1; a name is at most 255 bytes, so more is no question
 BATCH = 32  # datagrams read before other work has its turn
+_CUT = int(socket.MSG_TRUNC)  # as a number: `&` of an enumeration takes as long as reading the datagram
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +41,7 @@ class DnsLimits:
     lookups_per_source: int = 64  # so that one pod does not take those of its whole workload
     connections: int = 256  # over TCP, of all workloads
     connections_per_source: int = 32
+    questions_per_source_s: int | None = None  # twice as many at once; so that one pod does not take a whole worker
     idle_timeout_s: float = 5.0  # for a whole message to arrive, or an answer to be taken
     connection_timeout_s: float = 60.0
 
@@ -50,11 +57,13 @@ class DnsRelay:
         record: Sink,
         *,
         workload: Callable[[Address], str],
+        standing: Callable[[], tuple[object, object]],
         generation: Callable[[], str] = lambda: "",
         search: Sequence[Hostname] = (),
-        new_names: NewNames | None = None,
+        budget: Budget | None = None,
         limits: DnsLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        openings: Openings | None = None,
     ) -> None:
         self._limits = limits or DnsLimits()
         self._answers = Answers(
@@ -64,11 +73,14 @@ class DnsRelay:
             record,
             workload=workload,
             generation=generation,
+            standing=standing,
             search=search,
-            new_names=new_names or NewNames(),
+            budget=budget or Budget(NewNames(), clock, is_ours=resolver.is_ours),
             most=(self._limits.lookups, self._limits.lookups_per_source),
             clock=clock,
+            openings=openings,
         )
+        self._pace = Pace(self._limits.questions_per_source_s, workload, record, clock)
         self._connections: Counter[str] = Counter()  # by source address
 
     @property
@@ -81,13 +93,15 @@ class DnsRelay:
         """Allowed names asked for with a search domain behind them."""
         return self._answers.search_noise
 
-    def keep(self, workloads: Container[str]) -> None:
-        """Forget what other workloads looked up: there are none of theirs any more."""
-        self._answers.keep(workloads)
+    @property
+    def dropped(self) -> int:
+        """Questions of sources that asked too often."""
+        return self._pace.dropped
 
     async def close(self) -> None:
         """End the questions under way."""
         await self._answers.close()
+        self._pace.tell()
 
     async def serve_udp(self, sock: socket.socket) -> None:
         """Answer what arrives on a bound UDP socket until cancelled. Raises OSError if the socket breaks."""
@@ -113,10 +127,16 @@ class DnsRelay:
             except (BlockingIOError, InterruptedError):
                 return
             asked_at, origin = read_destination(ancillary)
-            if flags & socket.MSG_TRUNC or asked_at is None:
+            if flags & _CUT or asked_at is None:
                 self._answers.malformed += 1
                 continue
-            question = self._answers.judge(message, plain_peer(source), (asked_at, port))
+            peer, destination = plain_peer(source), (asked_at, port)
+            if not self._pace.admits(peer, destination):
+                continue
+            if reply := self._answers.again(message, peer, destination):
+                send(sock, source, origin, reply)
+                continue
+            question = self._answers.judge(message, peer, destination)
             if question is None:
                 continue
             answer = partial(_send, sock, source, origin, question.query)
@@ -155,6 +175,8 @@ class DnsRelay:
             destination = plain_peer(sock.getsockname())
             async with asyncio.timeout(self._limits.connection_timeout_s):
                 while message := await self._receive(sock):
+                    if not self._pace.admits(source, destination):
+                        return
                     question = self._answers.judge(message, source, destination)
                     if question is None:
                         return

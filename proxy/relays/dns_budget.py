@@ -1,8 +1,10 @@
-"""How many new names a workload may look up below each wildcard of its policy. It knows no sockets and judges no rules.
+"""How many new names a workload may have looked up below each wildcard of its policy. It knows no sockets and judges no
+rules.
 
 A name below `*.example.com` reaches whoever serves example.com, so its labels can carry anything out: that is how
 tunnels over DNS (iodine, dnscat2) work. A program needs few names and asks for them again; a tunnel needs a new one for
-each packet. Names that the policy writes out carry nothing, and are not counted.
+each packet. A connection that names a host (SNI, CONNECT) has it looked up just as a question does. Names that the
+policy writes out carry nothing, and are not counted.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 
 from policies.hostnames import Hostname, Pattern
+from policies.model import HostRule, NameRule, Verdict
 
 MAX_KNOWN = 1000  # names of one workload below one wildcard; which of them it asks for again says something, too
 _HOUR_S = 3600.0
@@ -40,12 +43,31 @@ class _Account:
 
 
 class Budget:
-    """Accounts by workload and wildcard, with the terms of all."""
+    """Accounts by workload and wildcard, with the terms of all.
 
-    def __init__(self, terms: NewNames, clock: Callable[[], float]) -> None:
+    is_ours  whether the operator says where a name is, or whom to ask for it: that tells no stranger
+    """
+
+    def __init__(
+        self, terms: NewNames, clock: Callable[[], float], *, is_ours: Callable[[Hostname], bool] = lambda name: False
+    ) -> None:
         self._terms = terms
         self._clock = clock
+        self._is_ours = is_ours
         self._accounts: dict[str, dict[Hostname, _Account]] = {}
+
+    def counts(self, verdict: Verdict, name: Hostname) -> Pattern | None:
+        """The wildcard to whose account `name` goes, which `verdict` allows. None: to none; in audit mode there may be
+        no rule that admits it."""
+        rule = verdict.rule
+        if not isinstance(rule, HostRule | NameRule) or not rule.pattern.wildcard or verdict.would_be:
+            return None
+        return None if self._is_ours(name) else rule.pattern
+
+    def exceeded(self, workload: str, verdict: Verdict, name: Hostname) -> str | None:
+        """Why `name`, which `verdict` allows, may not be looked up now all the same."""
+        pattern = self.counts(verdict, name)
+        return self.refuses(workload, pattern, name) if pattern else None
 
     def refuses(self, workload: str, pattern: Pattern, name: Hostname) -> str | None:
         """Why `name`, which `pattern` matches, may not be looked up now; None: it may, and it counts if it is new."""

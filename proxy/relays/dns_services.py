@@ -1,4 +1,4 @@
-"""HTTPS and SVCB records of names, asked for once and remembered. What of them may be seen is `wire.svcb`'s to say."""
+"""HTTPS, SVCB, SRV and PTR records of names, asked for once and remembered. Who may see what is not known here."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from functools import partial
 from policies.hostnames import Hostname
 from proxy.resolver import Resolver, ResolverFailed
 from proxy.wire.svcb import Service
+from proxy.wire.targets import Target
 
 MIN_TTL_S, MAX_TTL_S = 5, 300
 MAX_SERVICES = 16  # of one name; an answer must not grow our memory
+MAX_TARGETS = 256  # a headless service has one for each of its pods
 
 type _Key = tuple[Hostname, int]
 
@@ -25,6 +27,7 @@ class Found:
 
     services: tuple[Service, ...]
     expires: float
+    targets: tuple[Target, ...] = ()
 
 
 class Services:
@@ -72,8 +75,9 @@ class Services:
 
     async def _ask(self, key: _Key) -> Found:
         answer = await self._resolver.ask(*key)
-        ttl_s = answer.ttl_s if answer.services else answer.negative_ttl_s or 0
-        found = Found(answer.services[:MAX_SERVICES], self._clock() + min(max(ttl_s, MIN_TTL_S), MAX_TTL_S))
+        ttl_s = answer.ttl_s if answer.services or answer.targets else answer.negative_ttl_s or 0
+        expires = self._clock() + min(max(ttl_s, MIN_TTL_S), MAX_TTL_S)
+        found = Found(answer.services[:MAX_SERVICES], expires, answer.targets[:MAX_TARGETS])
         self._known[key] = found
         self._known.move_to_end(key)
         while len(self._known) > self._max_entries:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from ipaddress import IPv4Address, IPv6Address
 
 from policies.addresses import Address
 from policies.hostnames import Hostname
-from proxy.wire import svcb
+from proxy.wire import svcb, targets
 from proxy.wire.svcb import HTTPS, SVCB, Service
+from proxy.wire.targets import PTR, SRV, Target
 
 A, CNAME, SOA, AAAA, OPT = 1, 5, 6, 28, 41
 IN = 1
-TYPE_NAMES = {A: "A", 2: "NS", CNAME: "CNAME", SOA: "SOA", 12: "PTR", 15: "MX", 16: "TXT", AAAA: "AAAA", 33: "SRV"}
+TYPE_NAMES = {A: "A", 2: "NS", CNAME: "CNAME", SOA: "SOA", PTR: "PTR", 15: "MX", 16: "TXT", AAAA: "AAAA", SRV: "SRV"}
 TYPE_NAMES |= {43: "DS", 46: "RRSIG", 48: "DNSKEY", 52: "TLSA", SVCB: "SVCB", HTTPS: "HTTPS", 255: "ANY", 257: "CAA"}
 
 MAX_MESSAGE = 65535  # RFC 1035 4.2.2: the length prefix over TCP is 16 bits
@@ -118,6 +119,7 @@ class Answer:
 
     addresses       of the asked type, found along the CNAME chain from the asked name and nowhere else
     services        the same of HTTPS and SVCB, as far as a client may see them
+    targets         the same of SRV and PTR
     ttl_s           the shortest along that chain; 0 without either
     negative_ttl_s  how long the absence holds (RFC 2308 5), None if the server gave no SOA
     truncated       nothing else was read: ask again over TCP
@@ -129,6 +131,7 @@ class Answer:
     negative_ttl_s: int | None = None
     truncated: bool = False
     services: tuple[Service, ...] = ()
+    targets: tuple[Target, ...] = ()
 
 
 # --- A workload's question
@@ -202,16 +205,11 @@ class Note:
 
 def build_addresses(query: Query, addresses: Iterable[Address], ttl_s: int) -> bytes:
     """NOERROR with these addresses under the asked name. The caller gives only addresses of the asked type."""
-    records = [
-        _NAME_POINTER + _RECORD.pack(query.type, IN, ttl_s, len(packed)) + packed
-        for packed in (address.packed for address in addresses)
-    ]
-    return _build(query, Rcode.NOERROR, answers=records)
+    return build_records(query, (address.packed for address in addresses), ttl_s)
 
 
-def build_services(query: Query, services: Iterable[Service], ttl_s: int) -> bytes:
-    """NOERROR with these services under the asked name, each with that name as its target."""
-    contents = [svcb.write_service(service) for service in services]
+def build_records(query: Query, contents: Iterable[bytes], ttl_s: int) -> bytes:
+    """NOERROR with records of the asked name and type (`svcb.write_service`, `targets.write_target`)."""
     records = [_NAME_POINTER + _RECORD.pack(query.type, IN, ttl_s, len(content)) + content for content in contents]
     return _build(query, Rcode.NOERROR, answers=records)
 
@@ -240,12 +238,11 @@ def _build(
     query: Query,
     rcode: Rcode,
     *,
-    answers: list[bytes] | None = None,
+    answers: Sequence[bytes] = (),
     authority: bytes = b"",
     note: Note | None = None,
     flags: int = 0,
 ) -> bytes:
-    answers = answers or []
     flags |= _RESPONSE | _RECURSION_AVAILABLE | query.echoed | rcode
     opt = b"" if query.udp_size is None else _opt(query.dnssec_ok, note)
     header = _HEADER.pack(query.id, flags, 1, len(answers), 1 if authority else 0, 1 if opt else 0)
@@ -294,6 +291,25 @@ def parse_response(message: bytes, query_id: int, name: Hostname, qtype: int) ->
         raise MalformedResponse("cut short") from None
 
 
+def parse_answered(message: bytes) -> tuple[Query, Answer]:
+    """The question that a server answered to somebody else, and what it answered; of types other than A and AAAA only
+    its code. Raises MalformedResponse, also for another class."""
+    try:
+        query_id, flags, questions, *_ = _HEADER.unpack_from(message)
+        if questions != 1 or not flags & _RESPONSE:
+            raise MalformedResponse("not a response to one question")
+        name, offset = _read_question_name(message)
+        qtype, qclass = _QUESTION_END.unpack_from(message, offset)
+        query = Query(query_id, name, qtype, qclass, message[_HEADER.size : offset + 4])
+        if qtype not in _SIZES or qclass != IN or flags & 0xF != Rcode.NOERROR:
+            return query, Answer(flags & 0xF)
+        return query, _parse_response(message, query_id, message[_HEADER.size : offset].lower(), qtype)
+    except MalformedQuery as error:
+        raise MalformedResponse(str(error)) from None
+    except (struct.error, IndexError):
+        raise MalformedResponse("cut short") from None
+
+
 def _parse_response(message: bytes, query_id: int, name: bytes, qtype: int) -> Answer:
     got_id, flags, questions, answers, authorities, _ = _HEADER.unpack_from(message)
     if got_id != query_id or flags & (_RESPONSE | _OPCODE) != _RESPONSE:
@@ -313,10 +329,11 @@ def _parse_response(message: bytes, query_id: int, name: bytes, qtype: int) -> A
     found, aliases, offset = _read_answers(message, offset + 4, answers, name[:-1], qtype)
     owner, contents, ttl_s = _follow(name[:-1], found, aliases)
     if contents and qtype in svcb.TYPES:
-        read = (svcb.read_service(content, (owner, name[:-1])) for content in contents)
-        if services := tuple(service for service in read if service):
-            return Answer(rcode, ttl_s=ttl_s, services=services)
-        return Answer(rcode, negative_ttl_s=ttl_s)
+        read = tuple(filter(None, (svcb.read_service(content, (owner, name[:-1])) for content in contents)))
+        return Answer(rcode, ttl_s=ttl_s, services=read) if read else Answer(rcode, negative_ttl_s=ttl_s)
+    if contents and qtype in targets.TYPES:
+        led = tuple(filter(None, (targets.read_target(content, qtype) for content in contents)))
+        return Answer(rcode, ttl_s=ttl_s, targets=led) if led else Answer(rcode, negative_ttl_s=ttl_s)
     if contents:
         make = IPv4Address if qtype == A else IPv6Address
         return Answer(rcode, tuple([make(packed) for packed in contents]), ttl_s)
@@ -351,7 +368,8 @@ def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: i
         elif rtype == qtype:
             if size and length != size:
                 raise MalformedResponse(f"an address of {length} bytes")
-            found.setdefault(owner, []).append((_ttl(ttl_s), message[offset:end]))
+            content = _expand(message, offset, end, qtype) if qtype in targets.TYPES else message[offset:end]
+            found.setdefault(owner, []).append((_ttl(ttl_s), content))
         elif rtype == CNAME:
             target, after = _read_name(message, offset)
             if after != end:
@@ -359,6 +377,15 @@ def _read_answers(message: bytes, offset: int, count: int, name: bytes, qtype: i
             aliases.setdefault(owner, (_ttl(ttl_s), target))
         offset = end
     return found, aliases, offset
+
+
+def _expand(message: bytes, offset: int, end: int, qtype: int) -> bytes:
+    """The content of a record that ends in a name, with that name whole and without its zero byte."""
+    name_at = offset + targets.NUMBERS[qtype]
+    name, after = _read_name(message, name_at)
+    if after != end:
+        raise MalformedResponse("a record longer or shorter than its name")
+    return message[offset:name_at] + name
 
 
 def _follow(name: bytes, found: _Found, aliases: _Aliases) -> tuple[bytes, tuple[bytes, ...], int]:

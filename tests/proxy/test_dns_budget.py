@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.hostnames import Hostname, Pattern
+from proxy.options import new_names
 from proxy.relays.dns_budget import MAX_KNOWN, Budget, NewNames
 from proxy.wire.dns import AAAA
 from tests.proxy.dns_gate import BLOCKED, NXDOMAIN, PUBLIC, Clock, Told, addresses, ask, gate, question, run, told
@@ -208,3 +209,8 @@ def test_what_a_search_domain_makes_of_an_allowed_name_is_noise_also_below_a_wil
             assert g.only_record()["reason"] == "lookup_budget"
 
     run(test)
+
+
+def test_a_command_line_says_one_number_and_half_of_it_may_be_asked_for_at_once() -> None:
+    assert new_names(None) == NewNames()
+    assert [(new_names(n).per_hour, new_names(n).burst) for n in (600, 1, 0)] == [(600, 300), (1, 1), (0, 1)]

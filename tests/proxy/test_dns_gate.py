@@ -11,13 +11,13 @@ import pytest
 from policies.hostnames import Hostname
 from policies.load import load
 from policies.tree import Source
-from proxy import runtime
+from proxy import kept_open
 from proxy.hosts import HostsEntry
 from proxy.original_dst import redirected_dst
 from proxy.record import Record
 from proxy.relays.dns_budget import NewNames
 from proxy.runtime import Gate, Settings
-from tests.proxy.dns_gate import NXDOMAIN, PUBLIC, addresses, bind, question, run, told
+from tests.proxy.dns_gate import NXDOMAIN, PUBLIC, SERVFAIL, addresses, bind, question, run, told
 
 POLICY = "version: 1\nworkloads:\n  app:\n    rules: [{host: '*.cdn.example'}]"
 
@@ -53,8 +53,10 @@ def test_a_gate_answers_by_its_settings() -> None:
         for sock in (udp, tcp):
             gate.answer_dns(sock)
         assert told(await ask(port, "a.cdn.example")).addresses == addresses(PUBLIC)
-        assert told(await ask(port, "b.cdn.example")).rcode == NXDOMAIN
-        assert [record["reason"] for record in records] == ["rule", "lookup_budget"]
+        assert told(await ask(port, "b.cdn.example")).addresses == addresses(PUBLIC)  # of `hosts`: free
+        assert told(await ask(port, "c.cdn.example")).rcode == SERVFAIL  # there is no name server
+        assert told(await ask(port, "d.cdn.example")).rcode == NXDOMAIN
+        assert [record["reason"] for record in records] == ["rule", "rule", "resolver_failed", "lookup_budget"]
         assert gate.stats()["outgate_dns_malformed_total"] == 0
         await gate.close()
         assert udp.fileno() == tcp.fileno() == -1
@@ -65,7 +67,7 @@ def test_a_gate_answers_by_its_settings() -> None:
 def test_a_fault_is_said_and_the_next_question_is_answered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runtime, "DNS_PAUSE_S", 0.0)
+    monkeypatch.setattr(kept_open, "PAUSE_S", 0.0)
 
     async def test() -> None:
         gate = new_gate([])
@@ -82,6 +84,9 @@ def test_a_fault_is_said_and_the_next_question_is_answered(
         tcp.close()
         gate.answer_dns(udp)
         assert told(await ask(udp.getsockname()[1], "a.cdn.example")).addresses == addresses(PUBLIC)
+        assert gate.unanswered == "DNS (RuntimeError)"  # for a while still: it may be the next fault's pause
+        monkeypatch.setattr(kept_open, "SETTLED_S", 0.0)
+        assert gate.unanswered == ""
         await gate.close()
 
     run(test)
