@@ -5,32 +5,35 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+from collections.abc import Awaitable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from policies.errors import PolicyError, Problem
 from policies.hostnames import Hostname
 from policies.index import Policy
 from policies.keys import Scope, Shape, Wrong
+from policies.spelling import did_you_mean
 from policies.tree import Scalar
 from proxy.child import leave_no_core
+from proxy.compiled import read_policy
 from proxy.config import SocketAddress
-from proxy.config.values import ADMIN, SOCKET_ADDRESS
+from proxy.config.values import ADMIN, SOCKET_ADDRESS, seconds
 from proxy.hosts import HostsEntry, MalformedHostOption, parse_host_options, read_hosts_file, system_nameservers
 from proxy.log.decision_log import DecisionLog
-from proxy.options import Misused, Unready, decision_log, require_workload, say
+from proxy.options import Misused, Unready, checked_upstream_ca, decision_log, say
 from proxy.own_doors import OwnDoors
-from proxy.policy_files import read_policy
 from proxy.policy_in_force import PolicyInForce
 from proxy.record import Peer, Record, show_peer
 from proxy.relays.ntp.clock import read
-from proxy.relays.ntp.named import NamedServers, names_of
+from proxy.relays.ntp.named import MalformedNtsOption, NamedServers, NtsNames, names_of, parse_nts_options
 from proxy.relays.ntp.poller import Poller
 from proxy.relays.ntp.records import PacketRecords
 from proxy.relays.ntp.server import NtpRelay
 from proxy.relays.ntp.source import Pace, SourceState
 from proxy.resolver import Resolver
+from proxy.service.compiler import NICENESS, Request, compile_policy
 from proxy.service.doors import has_ipv6
 from proxy.service.notify import Notifier
 from proxy.service.status import ReloadOutcome, ReloadResult
@@ -38,6 +41,7 @@ from proxy.service.watch import Watch
 from proxy.wire.ntp import PORT
 
 if TYPE_CHECKING:
+    from proxy.relays.ntp.keys import Keys
     from proxy.service.admin import Admin
 
 USAGE, NOT_STARTED = 2, 3
@@ -64,8 +68,11 @@ class RelayOptions:
     listen: tuple[SocketAddress, ...] = ()
     mode: RelayMode = RelayMode.SERVE
     hosts: tuple[str, ...] = ()
+    nts: tuple[str, ...] = ()
+    upstream_ca: str | None = None
     log: str | None = None
     admin: SocketAddress | None = ADMIN_ADDRESS
+    drain_s: float = 0.0  # at the end: how long it answers on, not ready
 
 
 def read_address(flag: str, text: str) -> SocketAddress:
@@ -78,12 +85,17 @@ def read_admin(flag: str, text: str) -> SocketAddress | None:
     return _read(ADMIN, flag, text)
 
 
+def read_seconds(flag: str, text: str) -> float:
+    """At most an hour. Raises Misused."""
+    return _read(seconds(3600), flag, text)
+
+
 def _read[T](shape: Shape[T], flag: str, text: str) -> T:
     try:
-        return shape.read(Scalar(text, False, 1, 1), Scope(flag, None, lambda _: False))
+        return shape.read(Scalar(text, True, 1, 1), Scope(flag, None, lambda _: False))
     except Wrong as error:
         [problem] = error.problems
-        raise Misused(f"{flag}: {problem.message}; {problem.hint}") from error
+        raise Misused("; ".join(filter(None, (f"{flag}: {problem.message}", problem.hint)))) from error
 
 
 def relay(options: RelayOptions) -> int:
@@ -99,14 +111,16 @@ def relay(options: RelayOptions) -> int:
 
 async def _relay(options: RelayOptions) -> None:
     """Raises Unready."""
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    it = Relay(options)
+        loop.add_signal_handler(number, lambda: (hurry if stop.is_set() else stop).set())
+    policy = await _read_policy(options)
+    assert policy is not None
+    it = Relay(options, policy)
     loop.add_signal_handler(signal.SIGHUP, it.hang_up)
     try:
-        await it.run(stop)
+        await it.run(stop, hurry)
     finally:
         await it.close()
 
@@ -114,11 +128,13 @@ async def _relay(options: RelayOptions) -> None:
 class Relay:
     """One relay process. Made on a running asyncio loop. Raises Unready."""
 
-    def __init__(self, options: RelayOptions) -> None:
+    def __init__(self, options: RelayOptions, policy: Policy) -> None:
         self._options = options
         self._watch = Watch((*options.paths, *options.tags))
-        self._in_force = PolicyInForce(_read_policy(options), options.workload)
+        self._in_force = PolicyInForce(policy, options.workload)
         self._refused = ""
+        self._upstream_ca = checked_upstream_ca(options.upstream_ca)
+        self._nts = _nts(options, self._in_force.policy)
         self._resolver = Resolver(_hosts(options), system_nameservers(), system_hosts=read_hosts_file())
         self._sockets: list[socket.socket] = []
         self._log: DecisionLog | None = None
@@ -140,9 +156,10 @@ class Relay:
         is_relayed = options.mode is RelayMode.RELAY
         self._poller = Poller(
             RELAYED if is_relayed else Pace(),
-            find=self._servers.find,
+            find=self._find,
             is_open=self._servers.is_open,
             on_demand=is_relayed,
+            keys=self._keys,
             log=say,
         )
         self._ntp = NtpRelay(
@@ -153,6 +170,17 @@ class Relay:
             is_own=is_own,
             refresh=self._poller.refresh if is_relayed else None,
         )
+
+    def _find(self, name: Hostname) -> Awaitable[Sequence[Peer]]:
+        """Of a server that must prove what it says its key exchange."""
+        return self._servers.find(name, self._nts.port_of(name))
+
+    def _keys(self, name: Hostname) -> Keys | None:
+        if self._nts.port_of(name) is None:
+            return None
+        from proxy.relays.ntp.keys import Keys  # here: it brings cryptography
+
+        return Keys(name, self._servers.locate, roots=self._upstream_ca)
 
     @property
     def addresses(self) -> list[Peer]:
@@ -169,8 +197,8 @@ class Relay:
 
     # --- its life
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop` is set. Raises Unready."""
+    async def run(self, stop: asyncio.Event, hurry: asyncio.Event) -> None:
+        """Serve until `stop` is set, and not ready for `drain_s` more, unless `hurry` is. Raises Unready."""
         await self._open_admin()
         for address in self.addresses:
             say(f"giving time on {show_peer(address)}")
@@ -184,12 +212,15 @@ class Relay:
             works += [self._ntp.tell(), *map(self._ntp.serve, self._sockets)]
             tasks = [group.create_task(work) for work in works]
             await stop.wait()
+            self._is_ending = True
+            self._notifier.stopping()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._options.drain_s):
+                    await hurry.wait()
             for task in tasks:
                 task.cancel()
 
     async def close(self) -> None:
-        self._is_ending = True
-        self._notifier.stopping()
         await self._poller.close()
         await self._resolver.close()
         if self._admin:
@@ -254,18 +285,21 @@ class Relay:
         async with self._reloading:
             before = self.generation
             try:
-                policy = await asyncio.to_thread(_read_policy, self._options)
+                policy = await _read_policy(self._options, before)
             except Unready as error:
                 if str(error) != self._refused:
                     say(f"the policy is not reloaded, {before} stays in force:\n{error}")
                 self._refused = str(error)
                 return ReloadResult(ReloadOutcome.REFUSED, before, tuple(self._refused.splitlines()))
             self._refused = ""
-            if policy.generation == before:
+            if policy is None:
                 return ReloadResult(ReloadOutcome.UNCHANGED, before)
             self._in_force.policy = policy
-            self._poller.follow(self._servers.names)
+            names = self._servers.names
+            self._poller.follow(names)
             say(f"policy {policy.generation} is in force")
+            for name in sorted(self._nts.ports.keys() - names):
+                say(f"--nts {name}: no ntp rule names it any more")
             return ReloadResult(ReloadOutcome.LOADED, policy.generation)
 
     # --- records, and Status as the admin port asks it
@@ -320,31 +354,33 @@ def _hosts(options: RelayOptions) -> dict[Hostname, HostsEntry]:
         raise Misused(str(error)) from error
 
 
-def _read_policy(options: RelayOptions) -> Policy:
-    """Raises Unready with every problem, one a line."""
+def _nts(options: RelayOptions, policy: Policy) -> NtsNames:
+    """Raises Misused: a name that is spelled wrong would be asked without proof."""
     try:
-        policy = read_policy(options.paths, tags=options.tags)
-    except PolicyError as error:
-        raise Unready("\n".join(map(str, error.problems))) from error
-    require_workload(policy, options.workload)
-    if not names_of(policy, options.workload):
-        whose = f'workload "{options.workload}"' if options.workload else "the policy"
-        raise Unready(f"{whose} names no time server; add a rule such as `- ntp: time.example`")
-    if problems := list(_unidentified(policy, options.workload)):
-        raise Unready("\n".join(map(str, problems)))
+        nts = parse_nts_options(options.nts)
+    except MalformedNtsOption as error:
+        raise Misused(str(error)) from error
+    named = names_of(policy, options.workload)
+    for name in nts.ports:
+        if name not in named:
+            raise Misused(f"--nts {name}: no ntp rule names it; {did_you_mean(name, named)}")
+    return nts
+
+
+async def _read_policy(options: RelayOptions, known: str | None = None) -> Policy | None:
+    """The policy, from a process of its own: many rules take seconds, and this one answers clients meanwhile. None: it
+    is the `known` generation. Raises Unready with every problem, one a line."""
+    request = Request(
+        paths=options.paths, tags=options.tags, workload=options.workload, gives_time=True, known=known,
+        niceness=NICENESS if known else 0,
+    )  # fmt: skip
+    _, compiled = await compile_policy(request)
+    if compiled is None:
+        return None
+    with compiled:
+        policy = read_policy(compiled)
+    await asyncio.to_thread(names_of, policy, options.workload)  # what it reads of each workload is kept ready
     return policy
-
-
-def _unidentified(policy: Policy, workload: str | None) -> list[Problem]:
-    """Workloads that may ask for the time, and whose packets this relay cannot tell from others'."""
-    if workload is not None:
-        return []
-    hint = "use match: address, or a relay for that workload alone with -w"
-    return [
-        Problem(one.match.place, f'"{name}" has an ntp rule, and a relay knows sources by their address alone', hint)
-        for name, one in policy.workloads.items()
-        if one.match and (one.match.kubernetes or one.match.user) and policy.index[name].ntp
-    ]
 
 
 def _default_address() -> SocketAddress:

@@ -24,13 +24,15 @@ Exit codes: 0 stopped; 2 usage; 3 could not start.
 Example:
   outgate relay -p policy.yaml --listen 0.0.0.0:123
   outgate relay -p policy.yaml -w weather --listen 127.0.0.1:10123 --host ntp.ubuntu.com=10.0.0.7
+  outgate relay -p policy.yaml --nts time1.example --nts time2.example
   outgate relay status
 """
 
 STATUS_EPILOG = """\b
 Exit codes: 0 synchronised; 1 not; 2 usage; 3 no relay answers there.
 JSON keys: ready because notes estimate[offset_s root_delay_s root_dispersion_s stratum rate] clients answers drops
-  sources[server seat address state offset_s delay_s stratum reach poll_s age_s polls failures]
+  sources[server seat address state offset_s delay_s stratum reach poll_s age_s nts
+  nts_cookies polls failures]
 
 \b
 Example:
@@ -76,6 +78,17 @@ Example:
     metavar="NAME=ADDR[:PORT]",
     help="Ask this address for the name; private, loopback and a cloud's link-local time server are allowed.",
 )
+@click.option(
+    "--nts",
+    multiple=True,
+    metavar="NAME[:PORT]|all",
+    envvar="OUTGATE_NTS",
+    show_envvar=True,
+    help="This server has to prove what it says (NTS, RFC 8915), with its key exchange at PORT (4460); repeatable.",
+)
+@click.option(
+    "--upstream-ca", metavar="FILE", help="PEM roots that key exchanges are verified by.  [default: the system's]"
+)
 @click.option("--log", metavar="FILE", help="Append decision records there; - is standard error.")
 @click.option(
     "--admin",
@@ -83,6 +96,15 @@ Example:
     show_default=True,
     metavar="ADDR:PORT|none",
     help="Where /healthz, /readyz and /metrics are answered.",
+)
+@click.option(
+    "--drain-s",
+    default="0",
+    show_default=True,
+    metavar="SECONDS",
+    envvar="OUTGATE_DRAIN_S",
+    show_envvar=True,
+    help="Seconds that it answers on, not ready, when it is told to end.",
 )
 @click.pass_context
 def relay(
@@ -93,8 +115,11 @@ def relay(
     listen: tuple[str, ...],
     mode: str,
     hosts: tuple[str, ...],
+    nts: tuple[str, ...],
+    upstream_ca: str | None,
     log: str | None,
     admin: str,
+    drain_s: str,
 ) -> None:
     """Give workloads the time, from servers that their rules name (ntp:)."""
     if ctx.invoked_subcommand is not None:
@@ -104,7 +129,7 @@ def relay(
 
     from proxy.console import stop
     from proxy.options import Misused
-    from proxy.relay import RelayMode, RelayOptions, read_address, read_admin
+    from proxy.relay import RelayMode, RelayOptions, read_address, read_admin, read_seconds
     from proxy.relay import relay as give_time
 
     try:
@@ -115,8 +140,11 @@ def relay(
             listen=tuple(read_address("--listen", text) for text in listen),
             mode=RelayMode(mode),
             hosts=hosts,
+            nts=nts,
+            upstream_ca=upstream_ca,
             log=log,
             admin=read_admin("--admin", admin),
+            drain_s=read_seconds("--drain-s", drain_s),
         )
     except Misused as error:
         stop(str(error), USAGE)
@@ -167,7 +195,7 @@ def _show(told: Told) -> None:
     facts.append([("dropped", Style.DIM), drops or "nothing"])
     console.rows(facts, indent=2)
     console.blank()
-    head = ("server", "address", "state", "stratum", "offset", "delay", "reach", "poll", "age")
+    head = ("server", "address", "state", "stratum", "offset", "delay", "reach", "poll", "age", "nts")
     rows: list[list[Cell]] = [[(word, Style.DIM) for word in head]]
     for one in told.sources:
         if one["state"] == "spare":
@@ -184,6 +212,7 @@ def _show(told: Told) -> None:
                 _or_dash(one["reach"], "{:g}/8"),
                 _or_dash(one["poll_s"], "{:g} s"),
                 _or_dash(one["age_s"], "{:.0f} s"),
+                _or_dash(one["nts_cookies"], "{:g} cookies") if one["nts"] else "-",
             ]
         )
     console.rows(rows, indent=2)

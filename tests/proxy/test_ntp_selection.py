@@ -190,7 +190,7 @@ def test_samples_of_one_moment_say_nothing_about_the_rate() -> None:
 def test_no_rates_together_say_that_a_clock_is_broken(rates: list[tuple[float, float]]) -> None:
     fused = fuse([Rate(*rate) for rate in rates])
     assert abs(fused.value) <= MAX_RATE
-    assert fused.error <= min(error for _, error in rates)
+    assert fused.error <= min(error for _, error in rates) * (1 + 1e-9)  # sums of floats
 
 
 # --- several servers

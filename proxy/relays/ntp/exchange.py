@@ -5,19 +5,28 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
+from typing import TYPE_CHECKING
 
 from proxy.record import Peer
 from proxy.relays.ntp.clock import STAMP_SIZE, arrived_ns, ask_for_stamps, own_ns, read
 from proxy.relays.ntp.sample import Sample, measure
 from proxy.wire.ntp import SIZE, MalformedPacket, build_query, parse_reply
 
+if TYPE_CHECKING:  # it brings cryptography, which few relays need
+    from proxy.relays.ntp.keys import Session
+
+MAX_PROVED = 4096  # bytes that are read of an answer that carries a proof
 MAX_STRAYS = 16  # packets that are not our answer; more is somebody guessing
 
 _ANCILLARY_SIZE = socket.CMSG_SPACE(STAMP_SIZE)
 
 
-async def ask(server: Peer, timeout_s: float) -> Sample:
-    """What `server` answers to one query of ours.
+class NoKeys(Exception):
+    """A server that must prove its answers gives no keys for it. `str()` says why, in words of ours."""
+
+
+async def ask(server: Peer, timeout_s: float, session: Session | None = None) -> Sample:
+    """What `server` answers to one query of ours; with `session`, which has a cookie left, what it proves that it does.
 
     Raises TimeoutError, other OSErrors for a server that is not there, MalformedPacket when only strays arrived,
     UnusableReply and KissOfDeath. A fresh socket has a fresh random port, takes packets from this server alone, and the
@@ -30,24 +39,32 @@ async def ask(server: Peer, timeout_s: float) -> Sample:
         ask_for_stamps(sock)
         sock.connect(server)
         query = build_query(cookie)
+        if session:
+            query = session.seal(query)
         sent_ns = own_ns()
         sock.send(query)
-        async with asyncio.timeout(timeout_s):
-            for _ in range(MAX_STRAYS):
-                message, received_ns = await _receive(sock)
-                try:
-                    reply = parse_reply(message, cookie)
-                except MalformedPacket:
-                    continue
-                return measure(reply, sent_ns, received_ns)
-    raise MalformedPacket("origin")
+        strays = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                while strays < MAX_STRAYS:
+                    message, received_ns = await _receive(sock, MAX_PROVED if session else SIZE + 1)
+                    try:
+                        reply = parse_reply(session.open(message) if session else message, cookie)
+                    except MalformedPacket:
+                        strays += 1
+                        continue
+                    return measure(reply, sent_ns, received_ns)
+        except TimeoutError:
+            if not (session and strays):  # else somebody answers, and cannot prove who
+                raise
+    raise MalformedPacket("proof" if session else "origin")
 
 
-async def _receive(sock: socket.socket) -> tuple[bytes, int]:
+async def _receive(sock: socket.socket, size: int) -> tuple[bytes, int]:
     """One packet, and when it came by our own clock."""
     while True:
         try:
-            message, ancillary, _, _ = sock.recvmsg(SIZE + 1, _ANCILLARY_SIZE)
+            message, ancillary, _, _ = sock.recvmsg(size, _ANCILLARY_SIZE)
         except BlockingIOError:
             await _readable(sock)
         else:

@@ -21,7 +21,7 @@ from proxy.relays.ntp.estimate import Estimate
 from proxy.relays.ntp.poller import Poller, Standing
 from proxy.relays.ntp.sample import NS, offset_at
 from proxy.relays.ntp.server import Drop, NtpRelay
-from proxy.relays.ntp.source import Failure
+from proxy.relays.ntp.source import Failure, Source
 
 type Labelled = tuple[tuple[str, ...], float]
 
@@ -86,7 +86,7 @@ def _of_sources(standings: Iterable[Standing], estimate: Estimate | None, now: R
         "outgate_ntp_source_state", "1 for the state that a source is in.", labels=(*labels, "address", "state")
     )
     for key, standing in rows:
-        asked = standing.source.address
+        asked = standing.source.asked
         state.add_metric((*key, show_peer(asked) if asked else "", standing.state), 1)
     yield state
     known = [(key, standing.source, newest) for key, standing in rows if (newest := standing.source.history.newest)]
@@ -104,14 +104,20 @@ def _of_sources(standings: Iterable[Standing], estimate: Estimate | None, now: R
         ("age_seconds", "Of its newest sample.", [(key, (now.own_ns - one.at_ns) / NS) for key, _, one in known]),
         ("reach", "Answers among its last eight polls.", [(k, float(one.source.reach.bit_count())) for k, one in rows]),
         ("poll_seconds", "Between two polls.", [(key, one.source.interval_s) for key, one in rows]),
+        ("nts", "1 where it has to prove what it says.", [(key, float(bool(one.source.keys))) for key, one in rows]),
+        ("nts_cookies", "Left to ask it by.", [(key, float(_cookies(one.source))) for key, one in rows]),
     ):
         yield _gauge(f"outgate_ntp_source_{name}", text, labels, values)
     polls = [(key, float(one.source.tally.polls)) for key, one in rows]
-    yield _counter("outgate_ntp_polls", "Queries sent.", labels, polls)
+    yield _counter("outgate_ntp_polls", "Queries, and attempts at one that failed for want of keys.", labels, polls)
     failures = [
         ((*key, failure), float(one.source.tally.failures[failure])) for key, one in rows for failure in Failure
     ]
     yield _counter("outgate_ntp_poll_failures", "Queries that gave no time.", (*labels, "reason"), failures)
+
+
+def _cookies(source: Source) -> int:
+    return source.keys.cookies if source.keys else 0
 
 
 def _of_clients(relay: NtpRelay) -> Iterator[Metric]:

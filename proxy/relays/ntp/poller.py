@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from policies.hostnames import Hostname
 from proxy.record import Peer
@@ -12,6 +13,9 @@ from proxy.relays.ntp.clock import Jumps, KernelRate, Reading, own_ns, read
 from proxy.relays.ntp.estimate import Estimate, Opinions, weigh
 from proxy.relays.ntp.sample import NS, Rate
 from proxy.relays.ntp.source import Pace, Seats, Source, SourceState
+
+if TYPE_CHECKING:  # as in `exchange`
+    from proxy.relays.ntp.keys import Keys
 
 SEATS = (
     4  # of a name that stands alone; several names have one each, or who has more addresses would outvote the others
@@ -35,6 +39,7 @@ class Poller:
     is_open   whether the policy names it now
     on_demand only `refresh` asks
     changed   called after each poll
+    keys      for one source of a name whose servers must prove their answers; None: they need not
     log       told in one line that clocks have jumped
     """
 
@@ -46,6 +51,7 @@ class Poller:
         is_open: Callable[[Hostname], bool],
         on_demand: bool = False,
         changed: Callable[[], None] = lambda: None,
+        keys: Callable[[Hostname], Keys | None] = lambda name: None,
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._pace = pace
@@ -53,6 +59,7 @@ class Poller:
         self._is_open = is_open
         self._on_demand = on_demand
         self._changed = changed
+        self._keys = keys
         self._log = log
         self._sources: dict[Hostname, list[Source]] = {}
         self._shared: dict[Hostname, Seats] = {}
@@ -96,6 +103,7 @@ class Poller:
             seats=seats,
             rate=lambda: self.rate,
             changed=self._heard,
+            keys=self._keys(name),
         )
         if not self._on_demand:
             self._tasks[source] = asyncio.create_task(source.run())

@@ -6,6 +6,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from policies.model import Action, Attempt, Reason, Verdict
@@ -30,10 +31,14 @@ class _Told:
 
 
 class PacketRecords:
-    """Takes a verdict for each packet. `flush` is called once in PERIOD_S, and at the end."""
+    """Takes a verdict for each packet. `flush` is called once in PERIOD_S, and at the end.
 
-    def __init__(self, record: Sink) -> None:
+    fields  what a record has besides, of how many packets it stands for and what was wrong with them
+    """
+
+    def __init__(self, record: Sink, fields: Callable[[int, str], Record] | None = None) -> None:
         self._record = record
+        self._fields = fields or _ntp_fields
         self._kinds: dict[_Kind, _Told] = {}
 
     def note(self, attempt: Attempt, verdict: Verdict, source: Peer, destination: Peer, fault: str = "") -> None:
@@ -59,9 +64,7 @@ class PacketRecords:
                 del self._kinds[kind]
 
     def _tell(self, told: _Told) -> None:
-        extra: Record = {"ntp.packets": told.packets}
-        if told.fault:
-            extra["ntp.fault"] = told.fault
+        extra = self._fields(told.packets, told.fault)
         told.packets = 0
         self._record(
             record_of(
@@ -73,3 +76,10 @@ class PacketRecords:
                 extra=extra,
             )
         )
+
+
+def _ntp_fields(packets: int, fault: str) -> Record:
+    fields: Record = {"ntp.packets": packets}
+    if fault:
+        fields["ntp.fault"] = fault
+    return fields

@@ -9,7 +9,7 @@ import asyncio
 import socket
 import struct
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,7 +19,8 @@ from policies.addresses import Address, Reach, classify
 from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy.original_dst import parse_address
 from proxy.record import Peer
-from proxy.relays.datagrams import ask_for_destination, read_destination
+from proxy.relays.buckets import Buckets
+from proxy.relays.datagrams import ask_for_destination, plain, read_destination
 from proxy.relays.ntp.clock import STAMP_SIZE, Ancillary, Reading, arrived_ns, ask_for_stamps, own_ns, read
 from proxy.relays.ntp.estimate import Estimate
 from proxy.relays.ntp.records import PERIOD_S, PacketRecords
@@ -81,7 +82,8 @@ class NtpRelay:
         self._estimate = estimate
         self._is_own = is_own
         self._refresh = refresh
-        self._buckets = _Buckets(limits or ClientLimits())
+        limits = limits or ClientLimits()
+        self._buckets = Buckets(burst=limits.burst, per_s=limits.per_s, sources=limits.sources)
         self._waiting: set[asyncio.Task[None]] = set()
         self.answered = self.unsynchronised = 0
         self.drops: Counter[Drop] = Counter()
@@ -130,7 +132,7 @@ class NtpRelay:
             if asked_at is None:
                 self.drops[Drop.UNSENT] += 1
                 continue
-            query = self._judge(message, source[:2], (asked_at, port))
+            query = self._judge(message, (plain(source[0]), source[1]), (asked_at, port))
             if query is None:
                 continue
             packet = _Packet(sock, source, _by_routes(origin), query, arrived_ns(ancillary, now))
@@ -229,30 +231,6 @@ def _drop_of(verdict: Verdict, fault: str) -> Drop | None:
     if verdict.is_allow:
         return None
     return Drop.FAILED if verdict.reason is Reason.GATE_FAILED else Drop.DENIED
-
-
-class _Buckets:
-    """A token bucket for each source, the least recently used forgotten first."""
-
-    def __init__(self, limits: ClientLimits) -> None:
-        self._limits = limits
-        self._known: OrderedDict[int, tuple[float, float]] = OrderedDict()  # tokens, and when that was
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def take(self, address: Address, now_s: float) -> bool:
-        """Whether there is a token for one more packet."""
-        limits = self._limits
-        key = int(address) >> 64 << 64 if isinstance(address, IPv6Address) else int(address)
-        tokens, since_s = self._known.get(key, (float(limits.burst), now_s))
-        tokens = min(float(limits.burst), tokens + (now_s - since_s) * limits.per_s)
-        is_left = tokens >= 1
-        self._known[key] = (tokens - 1 if is_left else tokens, now_s)
-        self._known.move_to_end(key)
-        if len(self._known) > limits.sources:
-            self._known.popitem(last=False)
-        return is_left
 
 
 # --- datagrams

@@ -12,14 +12,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from policies.hostnames import Hostname
 from proxy.record import Peer, show_peer
 from proxy.relays.ntp.clock import own_ns
-from proxy.relays.ntp.exchange import ask
+from proxy.relays.ntp.exchange import NoKeys, ask
 from proxy.relays.ntp.sample import NS, WINDOW, History, Rate
 from proxy.resolver import NameNotFound, ResolverFailed
 from proxy.wire.ntp import KissOfDeath, MalformedPacket, UnusableReply
+
+if TYPE_CHECKING:  # as in `exchange`
+    from proxy.relays.ntp.keys import Keys
 
 PATIENCE = 4  # failures in a row until another address of the name is tried; answers in doubt until it is left at that
 REVIEW_S = 86_400.0  # by then an address must still be one of its name's: who gives up a server wants to be rid of us
@@ -49,9 +53,10 @@ class Failure(StrEnum):
 
     TIMEOUT = "timeout"
     UNREACHABLE = "unreachable"  # the network said so
-    FORGED = "forged"  # nothing but answers to somebody else's question
+    FORGED = "forged"  # nothing but answers to somebody else's question, or without the proof they must have
     UNUSABLE = "unusable"  # not synchronised, or times that cannot be
     KISS_OF_DEATH = "kiss_of_death"
+    KEY_EXCHANGE = "key_exchange"  # it gave no keys, so it was not asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +106,7 @@ class Source:
     seats    what is shared with the name's other sources
     rate     our clock's
     changed  called after each poll
+    keys     by which it proves its answers, of which `address` is then the key exchange; None: it proves nothing
     """
 
     def __init__(
@@ -113,6 +119,7 @@ class Source:
         seats: Seats,
         rate: Callable[[], Rate],
         changed: Callable[[], None],
+        keys: Keys | None = None,
     ) -> None:
         self.name = name
         self.address: Peer | None = None
@@ -127,10 +134,16 @@ class Source:
         self._seats = seats
         self._rate = rate
         self._changed = changed
+        self.keys = keys
         self._failures = self._steady = self._burst = self._lookups = self._first_polls = self._doubts = 0
         self._found_ns = self._asked_ns = 0
         self._hurry = asyncio.Event()
         self._polling: asyncio.Task[None] | None = None
+
+    @property
+    def asked(self) -> Peer | None:
+        """The address that is asked for the time, or that is to say which."""
+        return (self.keys.server if self.keys else None) or self.address
 
     @property
     def interval_s(self) -> float:
@@ -175,6 +188,8 @@ class Source:
         if self.address is None:
             self._lookups += 1
             return min(2.0**self._lookups, 2.0**self._floor) * _jitter()
+        if self.keys and (wait_s := self.keys.wait_s()):
+            return wait_s * _random.uniform(1.0, 1.2)
         if self._burst > 0 or 0 < self._doubts < PATIENCE:
             return self._pace.burst_gap_s * _jitter()
         return self.interval_s * _jitter()
@@ -215,7 +230,7 @@ class Source:
             self.fault = "no rule in force names it"
         elif self.address is None or own_ns() - self._found_ns > REVIEW_S * NS:
             await self._settle()
-        if self.address is not None:
+        if self.address is not None and not (self.keys and self.keys.wait_s()):
             await self._ask(self.address)
 
     async def _settle(self) -> None:
@@ -248,7 +263,9 @@ class Source:
         self._burst -= 1
         self._asked_ns = own_ns()
         try:
-            sample = await ask(address, self._pace.timeout_s)
+            sample = await (self.keys.ask if self.keys else ask)(address, self._pace.timeout_s)
+        except NoKeys as error:
+            self._fail(address, Failure.KEY_EXCHANGE, str(error))
         except KissOfDeath as kiss:
             self._heed(address, kiss)
         except TimeoutError:
@@ -256,7 +273,8 @@ class Source:
         except OSError as error:
             self._fail(address, Failure.UNREACHABLE, (error.strerror or str(error)).lower())
         except MalformedPacket:
-            self._fail(address, Failure.FORGED, "sent nothing but answers to other questions")
+            what = "without the proof they must have" if self.keys else "to other questions"
+            self._fail(address, Failure.FORGED, f"sent nothing but answers {what}")
         except UnusableReply as error:
             self._fail(address, Failure.UNUSABLE, str(error))
         else:
@@ -304,11 +322,16 @@ class Source:
         elif kiss.code == "RATE":
             self._floor = min(self._floor + 1, self._pace.max_exponent)
             self.exponent = self._floor
+        elif kiss.code == "NTSN" and self.keys:
+            self.keys.doubt()
+            self._burst = 1  # it may have lost what it knew of us: find out soon
 
     def _drop(self) -> None:
         if self.address is not None:
             self._seats.taken.discard(self.address)
         self.address = None
+        if self.keys:
+            self.keys.forget()
         self.history = History(self._pace.window)
         self._failures = 0
         self.reach = 0

@@ -30,6 +30,8 @@ _SOURCE = {
     "reach": "reach",
     "poll_s": "poll_seconds",
     "age_s": "age_seconds",
+    "nts": "nts",
+    "nts_cookies": "nts_cookies",
 }
 
 
