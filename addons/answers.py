@@ -47,6 +47,8 @@ _SENTENCES = {
     Reason.UPSTREAM_CERTIFICATE: "the certificate of {host} does not verify: {note}",
     Reason.UPSTREAM_FAILED: "{host} answered in a way that cannot be passed on: {note}",
     Reason.TOO_MANY_CONNECTIONS: "too much is under way: {note}",
+    Reason.OVERLOADED: "more waits in the gate than it may hold, and more than a fair part of it is yours: try again",
+    Reason.TOO_SLOW: "the request took longer than it may: {note}",
     Reason.HTTP2_FLOOD: "this connection sent more HTTP/2 resets, settings or pings than any client needs",
     Reason.LOG_FAILED: "decision records cannot be written, and this gate lets nothing through unrecorded",
     Reason.GATE_FAILED: "a part of the gate failed, so nothing was let through: {note}",

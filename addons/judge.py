@@ -6,33 +6,19 @@ Host, framing and path, and none of them can read a request in a way of its own.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from addons.credential import is_sealed
-from policies.hostnames import Hostname, MalformedName, parse_hostname
+from addons.heads import CONNECTION_SPECIFIC as CONNECTION_SPECIFIC  # of those who forward heads: re-exported
+from addons.heads import Fault, Fields, Head, Heard, place, read_head
+from addons.precedents import Precedent, Precedents, Standing
+from policies.hostnames import Hostname
 from policies.model import Action, Attempt, HostRule, Reason, Stage, Verdict
 from policies.paths import MalformedPath, parse_path
 
-type Fields = Iterable[tuple[bytes, bytes]]
-
 BAD_REQUEST, FORBIDDEN, METHOD_NOT_ALLOWED, TIMEOUT, MISDIRECTED, TOO_LARGE = 400, 403, 405, 408, 421, 431
 PROXY_AUTHENTICATION, TOO_MANY_REQUESTS, BAD_GATEWAY, UNAVAILABLE = 407, 429, 502, 503
-
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 5.6.2
-_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # a folded line (RFC 9112 5.2) shows up as CR LF in a value
-_LENGTH = re.compile(rb"[0-9]{1,18}")
-_AUTHORITY = re.compile(r"([^:/?#@\\\x00-\x20\x7f]+)(?::([1-9][0-9]{0,4}))?")
-_ABSOLUTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
-_METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
-_TARGET_OVERRIDES = frozenset({b"x-original-url", b"x-rewrite-url"})  # IIS, and frameworks that were made to follow it
-_UNSERVED = frozenset({"CONNECT", "TRACE"})  # a tunnel that nobody judges; an echo of headers that scripts may not see
-_VERSIONS = frozenset({"HTTP/1.0", "HTTP/1.1", "HTTP/2.0"})
-CONNECTION_SPECIFIC = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
-# RFC 9110 7.6.1: the next proxy removes what Connection names; without one of these it would read another request.
-_END_TO_END = frozenset({b"host", b"content-length", b"transfer-encoding", b"authorization", b"cookie"})
-_GRPC = re.compile(rb"application/grpc(?:[+;].*)?", re.DOTALL)  # not application/grpc-web, which has a body of its own
+TARGET_TOO_LONG, EXPECTATION_FAILED, VERSION_NOT_SUPPORTED = 414, 417, 505
 
 _STATUS = {
     Reason.MALFORMED_NAME: BAD_REQUEST,
@@ -47,6 +33,8 @@ _STATUS = {
     Reason.UPSTREAM_TIMEOUT: BAD_GATEWAY,
     Reason.UPSTREAM_CERTIFICATE: BAD_GATEWAY,
     Reason.UPSTREAM_FAILED: BAD_GATEWAY,
+    Reason.OVERLOADED: UNAVAILABLE,
+    Reason.TOO_SLOW: TIMEOUT,
     Reason.HTTP2_FLOOD: TOO_MANY_REQUESTS,
     Reason.LOG_FAILED: UNAVAILABLE,
     Reason.GATE_FAILED: BAD_GATEWAY,
@@ -91,7 +79,7 @@ class Unreachable(Exception):
         super().__init__(f"{reason}: {note}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take four times as long to make one for each request
 class Judgement:
     """The verdict on one request, and what is done with it.
 
@@ -101,6 +89,7 @@ class Judgement:
     page      the client prefers a page to read over problem+json
     grpc      the client speaks gRPC, which has a status of its own
     generation of the policy that judged; empty where nobody asked for it
+    precedent that it follows, or that others may follow; None: the verdict is this request's alone
     """
 
     id: str
@@ -112,6 +101,7 @@ class Judgement:
     page: bool = False
     grpc: bool = False
     generation: str = ""
+    precedent: Precedent | None = None
 
     @property
     def is_forward(self) -> bool:
@@ -123,34 +113,13 @@ class Judgement:
         return self.status is not None and (self.has_body or self.attempt.fault is not None)
 
 
-class _Fault(Exception):
-    def __init__(self, reason: Reason, note: str, status: int | None = None) -> None:
-        self.reason = reason
-        self.note = note
-        self.status = status
-
-
-@dataclass(slots=True)
-class _Head:
-    """What of a head bears on the verdict, as far as it could be read. `methods` and `targets` override the line's."""
-
-    host: Hostname | None
-    port: int
-    target: str
-    has_body: bool = False
-    upgrade: str | None = None
-    page: bool = False
-    grpc: bool = False
-    methods: list[str] = field(default_factory=list)
-    targets: list[str] = field(default_factory=list)
-
-
 class Judge:
     """Judges request heads. `decide` and `generation` may be replaced at any time, for the next request.
 
     now       POSIX seconds
     new_id    makes the id that the client and the decision record share
     identify  finds the workload of a connection anew, before each request; None: it never changes
+    standing  as `Precedents` has it, of `decide`; None: every request is judged by itself
     """
 
     def __init__(
@@ -160,12 +129,14 @@ class Judge:
         now: Callable[[], float],
         new_id: Callable[[], str],
         identify: Callable[[Conversation], str] | None = None,
+        standing: Callable[[], Standing] | None = None,
     ) -> None:
         self.decide = decide
         self.generation = ""
         self._identify = identify
         self._now = now
         self._new_id = new_id
+        self._precedents = Precedents(standing) if standing else None
 
     def opening(self, conversation: Conversation) -> Verdict:
         """The verdict on the TLS of a conversation: whether its origin may be dialled before the first request."""
@@ -188,12 +159,60 @@ class Judge:
         `authority` is HTTP/2's `:authority`; None where there was none.
         """
         self._find_workload(conversation)
-        head = _Head(None if conversation.proxied else conversation.opened_for, conversation.port, target)
-        fault: _Fault | None = None
+        head = Head(None if conversation.proxied else conversation.opened_for, conversation.port, target)
+        fault: Fault | None = None
         try:
-            _read_head(head, conversation, method, version, fields, authority)
-        except _Fault as found:
+            read_head(head, conversation, method, version, fields, authority)
+        except Fault as found:
             fault = found
+        return self._conclude(conversation, method, head, fault)
+
+    def heard(self, conversation: Conversation, method: str, target: str, fields: Heard) -> Judgement:
+        """The judgement of one HTTP/1 request that a strict grammar has read: its framing is no doubt any more."""
+        self._find_workload(conversation)
+        opened_for, host = conversation.opened_for, fields.host
+        if self._precedents is None or opened_for is None or host is None or conversation.proxied:
+            return self._hear(conversation, method, target, fields)
+        if fields.methods or fields.targets:
+            return self._hear(conversation, method, target, fields)
+        known = self._precedents.of_now(self._now())
+        asked = (conversation.workload, opened_for, conversation.port, conversation.plain, method, target, host,
+                 fields.upgrade)  # fmt: skip
+        precedent = known.get(asked)
+        if precedent is None:
+            judgement = self._hear(conversation, method, target, fields)
+            if judgement.attempt.fault is None:
+                precedent = Precedent(judgement.attempt, judgement.verdict, judgement.status, judgement.note)
+                self._precedents.keep(known, asked, precedent)
+                judgement.precedent = precedent
+            return judgement
+        if precedent.status is None:
+            conversation.allowed = precedent.verdict
+        return Judgement(
+            self._new_id(),
+            precedent.attempt,
+            precedent.verdict,
+            precedent.status,
+            precedent.note,
+            fields.has_body,
+            fields.page and precedent.status is not None,
+            generation=self.generation,
+            precedent=precedent,
+        )
+
+    def _hear(self, conversation: Conversation, method: str, target: str, fields: Heard) -> Judgement:
+        head = Head(None if conversation.proxied else conversation.opened_for, conversation.port, target)
+        head.has_body, head.upgrade, head.page = fields.has_body, fields.upgrade, fields.page
+        head.methods.extend(fields.methods)
+        head.targets.extend(fields.targets)
+        fault: Fault | None = None
+        try:
+            place(head, conversation, fields.host or "", fields.credentials)
+        except Fault as found:
+            fault = found
+        return self._conclude(conversation, method, head, fault)
+
+    def _conclude(self, conversation: Conversation, method: str, head: Head, fault: Fault | None) -> Judgement:
         attempt = Attempt(
             stage=Stage.HTTP,
             workload=conversation.workload,
@@ -261,167 +280,28 @@ class Judge:
     ) -> Judgement:
         return Judgement(self._new_id(), attempt, verdict, status, note, has_body, page, grpc, self.generation)
 
-    def fail(self, judgement: Judgement, reason: Reason, note: str) -> Judgement:
-        """The judgement of an allowed request that is answered with a failure: upstream, its own body, or the gate."""
+    def fail(self, judgement: Judgement, reason: Reason, note: str, status: int | None = None) -> Judgement:
+        """The judgement of an allowed request that is answered with a failure: upstream, its own body, or the gate.
+
+        Without a `status` it is the one that goes with the reason.
+        """
         verdict = replace(judgement.verdict, action=Action.DENY, reason=reason, would_be=None)
-        return replace(judgement, verdict=verdict, status=_STATUS.get(reason, FORBIDDEN), note=note)
+        return replace(judgement, verdict=verdict, status=status or _STATUS.get(reason, FORBIDDEN), note=note)
 
     def break_off(self, judgement: Judgement, reason: Reason) -> Judgement:
         """The judgement of an allowed request that ended early without an answer of ours."""
         return replace(judgement, verdict=replace(judgement.verdict, reason=reason))
 
 
-def _other_readings(attempt: Attempt, head: _Head) -> list[Attempt]:
+def _other_readings(attempt: Attempt, head: Head) -> list[Attempt]:
     """The same request as an origin reads it that heeds overriding headers."""
+    if not (head.methods or head.targets):
+        return []
     return [
         replace(attempt, method=method, target=target)
         for method in (attempt.method, *head.methods)
         for target in (attempt.target, *head.targets)
     ][1:]
-
-
-def _read_head(
-    head: _Head, conversation: Conversation, method: str, version: str, fields: Fields, authority: str | None
-) -> None:
-    """Fills `head`. Raises _Fault where two readers of these bytes could disagree (RFC 9112 11.2)."""
-    is_http2 = version == "HTTP/2.0"
-    hosts: list[bytes] = []
-    credentials: list[bytes] = []
-    lengths: list[bytes] = []
-    codings: list[bytes] = []
-    upgrades: list[bytes] = []
-    for name, value in fields:
-        if not _TOKEN.fullmatch(name):
-            raise _Fault(Reason.MALFORMED_REQUEST, "a header name is not a token")
-        if _CONTROL.search(value):
-            raise _Fault(Reason.MALFORMED_REQUEST, "a header value is folded or holds a control character")
-        match name.lower():
-            case key if is_http2 and key in CONNECTION_SPECIFIC:
-                raise _Fault(Reason.MALFORMED_REQUEST, f"{key.decode()} has no meaning in HTTP/2")
-            case b"host":
-                hosts.append(value)
-            case b"content-length":
-                lengths.append(value)
-            case b"transfer-encoding":
-                codings.append(value)
-            case b"upgrade":
-                upgrades.append(value)
-            case b"connection" if not _END_TO_END.isdisjoint(map(bytes.strip, value.lower().split(b","))):
-                raise _Fault(Reason.MALFORMED_REQUEST, "Connection names a header that is not the connection's")
-            case b"accept":
-                head.page = b"text/html" in value and b"json" not in value
-            case b"content-type":
-                head.grpc = is_http2 and bool(_GRPC.fullmatch(value))
-            case b"proxy-authorization":
-                credentials.append(value)
-            case key if key.startswith((b"x-", b"x_")):
-                _read_override(head, key.replace(b"_", b"-"), value)
-    if version not in _VERSIONS:
-        raise _Fault(Reason.MALFORMED_REQUEST, f"{version!a} is not HTTP/1.0, HTTP/1.1 or HTTP/2")
-    if lengths or codings:
-        head.has_body = _has_body(lengths, codings, version)
-    if method in _UNSERVED:
-        raise _Fault(Reason.MALFORMED_REQUEST, f"{method} is not served", METHOD_NOT_ALLOWED)
-    if len(hosts) > 1 or not (hosts or authority):
-        raise _Fault(Reason.MALFORMED_REQUEST, f"exactly one Host header is needed, not {len(hosts)}")
-    names = [text.decode("latin-1") for text in hosts]
-    if conversation.proxied:
-        _read_proxied(head, names[0], conversation, credentials)
-    elif is_http2:
-        _read_authorities(head, [authority, *names] if authority else names)
-    else:
-        head.host = _read_authority(names[0], conversation.port)
-        head.target = _read_target(head.target, head.host, conversation)
-    if upgrades:
-        head.upgrade = b", ".join(upgrades).decode("latin-1").lower()
-
-
-def _read_override(head: _Head, name: bytes, value: bytes) -> None:
-    """An origin may serve what such a header says instead of what the request line says: both are judged."""
-    text = value.decode("latin-1").strip(" \t")
-    if name in _METHOD_OVERRIDES:
-        head.methods.append(text.upper())
-    elif name in _TARGET_OVERRIDES:
-        head.targets.append(text)
-    if len(head.methods) > 1 or len(head.targets) > 1:
-        raise _Fault(Reason.MALFORMED_REQUEST, "more than one header names another method, or another path")
-
-
-def _has_body(lengths: list[bytes], codings: list[bytes], version: str) -> bool:
-    """Whether a body follows. Every doubt about its end is a fault: CL.TE, TE.CL and TE.TE smuggling begin with one."""
-    if lengths and codings:
-        raise _Fault(Reason.MALFORMED_REQUEST, "both Content-Length and Transfer-Encoding")
-    if codings:
-        if len(codings) > 1 or codings[0].lower() != b"chunked":
-            raise _Fault(Reason.MALFORMED_REQUEST, "the only Transfer-Encoding served is one chunked")
-        if version != "HTTP/1.1":
-            raise _Fault(Reason.MALFORMED_REQUEST, "Transfer-Encoding needs HTTP/1.1")
-        return True
-    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
-        raise _Fault(Reason.MALFORMED_REQUEST, "Content-Length is not one number")
-    return int(lengths[0]) > 0
-
-
-def _read_target(target: str, host: Hostname, conversation: Conversation) -> str:
-    """The target in origin form. In absolute form it must say what Host and the connection say (RFC 9112 3.2.2)."""
-    absolute = _ABSOLUTE.fullmatch(target)
-    if absolute is None:
-        return target
-    scheme, authority, path = absolute.groups()
-    if scheme.lower() != ("http" if conversation.plain else "https"):
-        raise _Fault(Reason.MALFORMED_REQUEST, "the scheme of the target is not the one of this connection")
-    if ":" not in authority and conversation.port != (80 if conversation.plain else 443):
-        raise _Fault(Reason.MALFORMED_REQUEST, "the target names another port than this connection's")
-    if _read_authority(authority, conversation.port) != host:
-        raise _Fault(Reason.MALFORMED_REQUEST, "the target and Host name two hosts")
-    return path if path.startswith("/") else "/" + path
-
-
-def _read_authorities(head: _Head, texts: list[str]) -> None:
-    """`:authority`, and Host if it was sent as well, must both be what the connection was opened for."""
-    read = [_split_authority(text) for text in texts]
-    if any(one != read[0] for one in read):
-        raise _Fault(Reason.MALFORMED_REQUEST, ":authority and Host name two hosts")
-    head.host, port = read[0]
-    if port not in (None, head.port):
-        raise _Fault(Reason.HOST_MISMATCH, f"the host names port {port} on a connection to port {head.port}")
-
-
-def _read_proxied(head: _Head, host: str, conversation: Conversation, credentials: list[bytes]) -> None:
-    """A request to an explicit proxy says itself where it goes and who sends it."""
-    sealed = conversation.credential
-    if sealed is not None and not (len(credentials) == 1 and is_sealed(credentials[0], sealed)):
-        raise _Fault(Reason.CREDENTIALS, "the connection was opened with other credentials")
-    absolute = _ABSOLUTE.fullmatch(head.target)
-    if absolute is None or absolute[1].lower() != "http":
-        raise _Fault(Reason.MALFORMED_REQUEST, "a request to a proxy names http:// and a host")
-    head.host, port = _split_authority(absolute[2])
-    head.port = port or 80
-    other, port = _split_authority(host)
-    if (other, port or 80) != (head.host, head.port):
-        raise _Fault(Reason.MALFORMED_REQUEST, "the target and Host name two hosts")
-    head.target = absolute[3] if absolute[3].startswith("/") else "/" + absolute[3]
-
-
-def _read_authority(text: str, port: int) -> Hostname:
-    host, given = _split_authority(text)
-    if given not in (None, port):
-        raise _Fault(Reason.MALFORMED_REQUEST, f"the host names port {given} on a connection to port {port}")
-    return host
-
-
-def _split_authority(text: str) -> tuple[Hostname, int | None]:
-    """The name, and the port if there is one."""
-    found = _AUTHORITY.fullmatch(text)
-    if found is None and not text.startswith("["):
-        raise _Fault(Reason.MALFORMED_REQUEST, "the host is not NAME or NAME:PORT")
-    name, given = found.groups() if found else (text, None)
-    if not name.isascii():
-        raise _Fault(Reason.MALFORMED_NAME, "the host holds bytes outside ASCII")
-    try:
-        return parse_hostname(name), int(given) if given else None
-    except MalformedName as error:
-        raise _Fault(Reason.MALFORMED_NAME, str(error)) from error
 
 
 def _explain(attempt: Attempt, verdict: Verdict) -> str:

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from mitmproxy import connection, http
 
 from addons.gate import JUDGEMENT
 from addons.judge import Conversation, Judgement
+from addons.outcome import Outcome
 
 _METER = "outgate.meter"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one request ended. Bytes are those of the bodies, as the workload sees them.
-
-    started   POSIX seconds
-    upstream  the address and port that were dialled; None where none was
-    status    what the client was answered with, by the origin or by us; None where nothing was answered
-    """
-
-    judgement: Judgement
-    conversation: Conversation
-    started: float
-    upstream: tuple[str, int] | None = None
-    status: int | None = None
-    bytes_sent: int = 0
-    bytes_received: int = 0
 
 
 class Recorder:

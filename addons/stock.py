@@ -22,9 +22,9 @@ from mitmproxy.proxy.mode_specs import RegularMode
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from addons.answers import answer
-from addons.gate import JUDGEMENT, Gate
-from addons.judge import FORBIDDEN, Conversation, Judge, Judgement
-from addons.record import Outcome
+from addons.gate import ANSWER, FAILURE, JUDGEMENT, Gate
+from addons.judge import FORBIDDEN, Conversation, Judge, Judgement, Unreachable
+from addons.outcome import Outcome
 from addons.upstream import Upstream, trust_origins
 from policies.engine import admit, decide, identify
 from policies.errors import PolicyError
@@ -33,6 +33,7 @@ from policies.index import Policy
 from policies.model import UNKNOWN, Action, Address, Attempt, Dial, Reason, Stage, Tls, Verdict
 from proxy.hosts import MalformedHostOption, parse_host_options, read_hosts_file, system_nameservers
 from proxy.inspector.outcome import record_of_outcome
+from proxy.inspector.reading import find_fault
 from proxy.inspector.wiring import resolve_for_dial
 from proxy.original_dst import parse_address
 from proxy.policy_files import read_policy
@@ -196,7 +197,13 @@ class Stock:
         self._note(flow, flow.metadata[JUDGEMENT])
 
     def responseheaders(self, flow: http.HTTPFlow) -> None:
-        if flow.response and _is_streamed(flow.response):
+        if flow.response is None or flow.metadata.get(ANSWER):
+            return
+        if fault := find_fault(flow.request, flow.response):
+            flow.metadata[FAILURE] = Unreachable(Reason.UPSTREAM_FAILED, fault)
+            flow.response = None
+            flow.kill()  # type: ignore[no-untyped-call]  # mitmproxy leaves it untyped
+        elif _is_streamed(flow.response):
             flow.response.stream = True
 
     def response(self, flow: http.HTTPFlow) -> None:

@@ -21,6 +21,7 @@ from mitmproxy import connection
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from addons.judge import Conversation, Unreachable
+from addons.trust import trust_origins as trust_origins  # who opens connections needs both
 from policies.engine import admit
 from policies.hostnames import Hostname
 from policies.model import Address, Reason
@@ -206,19 +207,6 @@ async def _wrap(
             protocol, sock=sock, ssl=trust, server_hostname=conversation.opened_for
         )
     return transport
-
-
-def trust_origins(authorities: str | None = None, more: Sequence[str] = ()) -> ssl.SSLContext:
-    """Verifies origins by the system's store, or by the PEM file `authorities` alone. Raises OSError.
-
-    They are offered HTTP/1.1, and before it what is in `more` (ALPN).
-    """
-    context = ssl.create_default_context(cafile=authorities)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.hostname_checks_common_name = False  # RFC 9525 6.3: the subject alternative names alone
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT  # 3.13's default; passthrough clients do not ask for it either
-    context.set_alpn_protocols([*more, "http/1.1"])
-    return context
 
 
 async def _connect(addresses: Sequence[Address], port: int) -> socket.socket:

@@ -27,7 +27,6 @@ from proxy.inspector.streams import Hooks
 from proxy.wire.client_hello import MAX_HELLO, Alert, MalformedHello, parse_hello, render_alert
 
 SWEEP_S = 1.0
-GOODBYE_S = 2.0  # for a client's close_notify after ours; RFC 8446 6.1: nobody need wait for it
 ORIGIN_S = 600.0  # an origin that changes its protocol is asked again after so long
 MAX_ORIGINS = 4096
 AGAIN_S = 60.0  # before a person is told again that there are no leaves
@@ -118,13 +117,7 @@ class Core:
         protocol = await inspection.agree(_offers(sock))
         try:
             context = await self._context_of(handover.host or "", protocol)  # the newest: after whatever was awaited
-            await loop.connect_accepted_socket(
-                lambda: inspection.client,
-                sock,
-                ssl=context,
-                ssl_handshake_timeout=self.bounds.handshake_s,
-                ssl_shutdown_timeout=GOODBYE_S,
-            )
+            await inspection.client.accept_tls(sock, context, self.bounds.handshake_s)
         except BaseException:
             inspection.discard()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from policies.hostnames import Hostname
@@ -18,6 +19,7 @@ class Handover:
     destination  the original destination, where the listener knows it
     opened       POSIX seconds
     user         the name of the proxy credential that was verified, if one was
+    http2        HTTP/2 is what it is given, if its origin speaks it as well (`gives_http2`)
     proxied      plain requests in absolute form, as to an explicit proxy: each names its own host and port
     credential   `addons.credential.seal` of the `Proxy-Authorization` that was verified: a later request on a proxied
                  connection must carry the same (`is_sealed`), else it is answered 407; None: none was asked for, and
@@ -35,6 +37,7 @@ class Handover:
     user: str | None = None
     proxied: bool = False
     credential: str | None = None
+    http2: bool = False
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -47,6 +50,13 @@ class Handover:
         return cls(**fields)
 
 
+def gives_http2(rule: bool | None, offers: Sequence[bytes]) -> bool:
+    """Whether a client that makes these offers (ALPN) is given HTTP/2, by what its rule says of `http2`."""
+    if b"h2" not in offers:
+        return False
+    return b"http/1.1" not in offers if rule is None else rule
+
+
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """What the inspector bears, each with the attack it answers."""
@@ -57,6 +67,9 @@ class Bounds:
     head_s: float = 15.0  # slowloris: a request head dribbled byte by byte
     idle_s: float = 300.0  # nothing moves in either direction
     dial_s: float = 10.0  # lookup, connect and TLS of the origin together
+    total_s: float = 86400.0  # one request, or one tunnel: nothing that trickles holds its two connections for ever
+    least_rate: int = 64  # bytes a second of a body, looked at over `idle_s`: a byte now and then is no transfer
+    waiting: int = 256 << 20  # bytes that wait in the lane: for slow readers, for the rest of a head
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,7 @@ class Configuration:
     nameservers  address and port each
     forward      zones with name servers of their own, each with those
     upstream_proxy  the site's proxy: host, port, path of its credentials, names and prefixes that are dialled directly
+    watches_pods    the gate tells which pods there are
     own_doors    addresses and ports that the gate listens on
     """
 
@@ -81,6 +95,7 @@ class Configuration:
     nameservers: tuple[tuple[str, int], ...] = ()
     forward: tuple[tuple[Hostname, tuple[tuple[str, int], ...]], ...] = ()
     upstream_proxy: tuple[str, int, str | None, tuple[str, ...]] | None = None
+    watches_pods: bool = False
     own_doors: tuple[tuple[str, int], ...] = ()
     bounds: Bounds = Bounds()
 
@@ -100,6 +115,7 @@ class Configuration:
             nameservers=tuple((address, port) for address, port in fields["nameservers"]),
             forward=tuple((zone, tuple((host, port) for host, port in servers)) for zone, servers in fields["forward"]),
             upstream_proxy=site and (*site[:3], tuple(site[3])),
+            watches_pods=fields["watches_pods"],
             own_doors=tuple((address, port) for address, port in fields["own_doors"]),
             bounds=Bounds(**fields["bounds"]),
         )

@@ -14,11 +14,11 @@ from typing import Final
 from hpack.struct import Header, NeverIndexedHeaderTuple
 from mitmproxy import http
 
+from addons.heads import MAX_FIELDS
 from addons.judge import CONNECTION_SPECIFIC, METHOD_NOT_ALLOWED, TOO_LARGE
 from proxy.inspector.reading import Fields, MalformedHead
 
 MAX_LIST = 64 * 1024  # RFC 9113 6.5.2: names, values and 32 bytes for each field
-MAX_FIELDS = 100
 VERSION: Final = b"HTTP/2.0"
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]++")  # RFC 9113 8.2.1: upper case is malformed

@@ -23,6 +23,7 @@ from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy import child
 from proxy.channel import Channel
 from proxy.child import BackOff, Child
+from proxy.identity import Change, Pods
 from proxy.inspector.handover import Configuration, Handover
 from proxy.metrics.meter import Totals
 from proxy.record import Sink, record_of
@@ -47,6 +48,7 @@ class Inspector:
     record         told of every request, and of every connection that could not be served
     log            told, in one line, of what went wrong with the process
     inner          told what the processes count, each time one was asked
+    pods           of the cluster that is watched, which a process is told when it starts
     """
 
     def __init__(
@@ -57,10 +59,12 @@ class Inspector:
         log: Callable[[str], None] | None = None,
         *,
         inner: Totals | None = None,
+        pods: Pods | None = None,
     ) -> None:
         self._configuration = configuration
         self._compiled = compiled
         self._inner = inner or Totals()
+        self._pods = pods
         self._closed_for: Reason | None = None
         self._sent = 0  # the number of the newest policy that this process was sent
         self._swaps: list[asyncio.Future[None]] = []  # that wait until it judges by that one
@@ -75,7 +79,7 @@ class Inspector:
         self._back_off = BackOff(FIRST_PAUSE_S, LONGEST_PAUSE_S, SETTLED_S)
         self._drained: asyncio.Event | None = None
         self._grace_s = 0.0
-        self._is_over = False
+        self._is_over = self._is_leaving = False
         self._is_used = False  # this process was given a connection
 
     @property
@@ -123,11 +127,22 @@ class Inspector:
         if self._channel is not None:
             self._channel.send(b"issuers " + issuing.encode())
 
+    def know(self, change: Change) -> None:
+        """Have the process go by what is new of the pods."""
+        if self._channel is not None:
+            self._channel.send(b"pods " + change.to_bytes())
+
     def close_for(self, reason: Reason | None) -> None:
         """Have every request denied for `reason`, until it is None."""
         self._closed_for = reason
         if self._channel is not None:
             self._channel.send(b"closed " + (reason.value.encode() if reason else b""))
+
+    def leave(self) -> None:
+        """Have clients asked to go elsewhere with their next request; all that comes until then is served."""
+        self._is_leaving = True
+        if self._channel is not None:
+            self._channel.send(b"leave")
 
     def ask(self) -> None:
         """Ask the process what it counts; `inner` is told the answer. One that hangs is ended."""
@@ -189,6 +204,10 @@ class Inspector:
         self._channel = Channel(self._child.sock, received=self._receive, closed=self._lose)
         self._channel.send(b"configuration", told)
         self.close_for(self._closed_for)
+        if self._is_leaving:
+            self.leave()
+        for change in self._pods.told() if self._pods is not None else ():
+            self.know(change)
         self._send_policy()
 
     def _send_policy(self) -> None:

@@ -37,11 +37,11 @@ from mitmproxy.proxy.layers.http._events import (
     ResponseHeaders,
     ResponseProtocolError,
 )
-from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Connection, Http1Server, make_body_reader
+from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Connection, Http1Server, TBodyReader, make_body_reader
 
 from addons.answers import Answer
 from addons.gate import ANSWER, MALFORMED_BODY, STALE
-from proxy.inspector.reading import MAX_LINE, Chunks, HeadBuffer, MalformedHead, read_request, read_response
+from proxy.inspector.reading import MAX_AHEAD, Chunks, HeadBuffer, MalformedHead, read_request, read_response
 from proxy.inspector.streams import (
     AbortConnection,
     ConnectionBroken,
@@ -51,18 +51,20 @@ from proxy.inspector.streams import (
     Stream,
     informational,
 )
+from proxy.lane.http1 import Refused
 
 MAX_INFORMATIONAL = 32  # responses before the response; an origin could send them for ever
 
 
 class _Strict(Http1Connection):
-    """What both ends share: the buffer, and a body whose lines are bounded."""
+    """What both ends share: the buffer, and how bodies are read."""
 
     buf: HeadBuffer
+    body_reader: TBodyReader | Chunks  # type: ignore[assignment]  # theirs are h11's
     reads_requests: ClassVar[bool]
 
     def await_body(self, size: int | None) -> CommandGenerator[None]:
-        self.body_reader = Chunks() if size is None else make_body_reader(size)
+        self.body_reader = Chunks(in_request=self.reads_requests) if size is None else make_body_reader(size)
         self.state = self.read_body
         yield from self.read_body(events.DataReceived(self.conn, b""))
 
@@ -76,6 +78,8 @@ class _Strict(Http1Connection):
                 parts.append(bytes(found.data))
         except h11.ProtocolError as error:
             fault = str(error)
+        except Refused as refused:
+            fault = refused.why
         if parts:  # as one: chunks of a byte each would keep every other connection waiting for seconds
             yield ReceiveHttp(self.ReceiveData(self.stream_id, b"".join(parts)))
         if fault is not None:
@@ -85,11 +89,8 @@ class _Strict(Http1Connection):
             yield from self.mark_done(request=self.reads_requests, response=not self.reads_requests)
 
     def _read_part(self, event: events.Event) -> h11.Data | h11.EndOfMessage | None:
-        """Raises h11.ProtocolError."""
-        found = self.body_reader.read_eof() if is_closed(event) else self.body_reader(self.buf)
-        if found is None and len(self.buf) > MAX_LINE:
-            raise h11.RemoteProtocolError("a chunk's size line or the trailers have no end")
-        return found
+        """Raises h11.ProtocolError, Refused."""
+        return self.body_reader.read_eof() if is_closed(event) else self.body_reader(self.buf)
 
     @abstractmethod
     def break_off(self, event: events.Event, note: str) -> CommandGenerator[None]:
@@ -108,6 +109,7 @@ class ClientSide(_Strict, Http1Server):
         self.buf = HeadBuffer()
         self.has_next = False  # what came behind a request waits for a turn of its own
         self._is_ending = False
+        self.is_leaving = False  # no request is read after the next response
         self._streams = streams
         self._refuse = refuse
 
@@ -131,7 +133,7 @@ class ClientSide(_Strict, Http1Server):
     @property
     def is_ahead(self) -> bool:
         """The client has sent more than a little of what is not its turn yet."""
-        return len(self.buf) > MAX_LINE and (self.has_next or self.awaits_response or self._awaits_origin)
+        return len(self.buf) > MAX_AHEAD and (self.has_next or self.awaits_response or self._awaits_origin)
 
     @property
     def _awaits_origin(self) -> bool:
@@ -156,8 +158,6 @@ class ClientSide(_Strict, Http1Server):
             if head is None:
                 return
             self.request = read_request(head)
-            if self.request.data.scheme not in (b"", b"https" if self.conn.tls else b"http"):
-                raise MalformedHead("the scheme of the target is not the one of this connection")
             size = expected_http_body_size(self.request)
         except ValueError as error:
             yield from self.refuse(error if isinstance(error, MalformedHead) else MalformedHead(str(error)))
@@ -194,6 +194,8 @@ class ClientSide(_Strict, Http1Server):
             if self.request and self.request.is_http11:  # RFC 9110 15.2: an HTTP/1.0 client knows none
                 yield commands.SendData(self.conn, _assemble(event.response))
         else:
+            if self.is_leaving and isinstance(event, ResponseHeaders) and event.response.status_code != 101:
+                event.response.headers["connection"] = "close"
             yield from super().send(event)
 
     def end(self, stream: HttpStream | None) -> CommandGenerator[None]:
@@ -326,6 +328,11 @@ class Http(HttpLayer):
 
     def refuse(self, fault: MalformedHead) -> CommandGenerator[None]:
         yield from self.client_side.refuse(fault)
+
+    def leave(self) -> Iterator[commands.Command]:
+        """Have the next response say that it is the last."""
+        self.client_side.is_leaving = True
+        yield from ()
 
     def abandon(self, reply: Answer | None) -> Iterator[commands.Command]:
         """After a fault of ours: what can still be said, and the end."""

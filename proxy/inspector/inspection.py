@@ -19,9 +19,9 @@ from mitmproxy.proxy.mode_specs import ProxyMode
 
 from addons.answers import Answer
 from addons.judge import BAD_GATEWAY, TIMEOUT, Conversation, Unreachable
-from policies.model import Reason
+from policies.model import Reason, Verdict
 from proxy.inspector import http1
-from proxy.inspector.handover import Handover
+from proxy.inspector.handover import Handover, gives_http2
 from proxy.inspector.reading import MalformedHead
 from proxy.inspector.side import Hold, Side
 from proxy.inspector.streams import HTTP_1, HTTP_2, AbortConnection, ConnectionBroken, Frame, Stream
@@ -100,17 +100,16 @@ class Inspection:
 
     async def agree(self, offers: tuple[bytes, ...]) -> bytes:
         """The protocol that the client is given, of those it offers."""
-        alpn = await self._mirror(offers) if HTTP_2 in offers else HTTP_1
+        verdict = self.core.opening(self._conversation)
+        is_given = gives_http2(getattr(verdict.rule, "http2", None), offers)
+        alpn = await self._mirror(verdict, offers) if is_given else HTTP_1
         self._speak(alpn)
         return alpn
 
-    async def _mirror(self, offers: tuple[bytes, ...]) -> bytes:
+    async def _mirror(self, verdict: Verdict, offers: tuple[bytes, ...]) -> bytes:
         """What the origin speaks, if the client speaks it too; what the client prefers while nobody can say."""
         conversation = self._conversation
-        verdict = self.core.opening(conversation)
         preferred = next(offer for offer in offers if offer in (HTTP_1, HTTP_2))
-        if not getattr(verdict.rule, "http2", True):
-            return HTTP_1
         if not verdict.is_allow:
             return preferred
         spoken = self.core.origins.spoken(conversation)
@@ -163,6 +162,8 @@ class Inspection:
         self.core.conversations[client.id] = self._conversation
         self.core.begin(self)
         self._feed(events.Start())
+        if self.core.is_leaving:
+            self.leave()
         if isinstance(early := self._early, Side):
             self._early = None
             if not early.transport.is_closing():
@@ -249,10 +250,10 @@ class Inspection:
         return client_side.is_drained and not client_side.awaits_response
 
     def leave(self) -> None:
-        """Ask the client to go elsewhere with what it has not sent yet, if its protocol can say so; HTTP/1 cannot, and
-        is left when it asks nothing."""
-        if self._multiplexed and self.client.connection in self._sides:
-            self._carry_out(self._multiplexed.leave())
+        """Ask the client to go elsewhere with what it has not sent yet: in HTTP/2 now, in HTTP/1 with the next answer.
+        One of HTTP/1 that asks nothing is left."""
+        if self.client.connection in self._sides:
+            self._carry_out(self._http.leave())
 
     def cut(self) -> None:
         for side in {self.client, *self._sides.values()}:

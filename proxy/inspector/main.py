@@ -25,6 +25,7 @@ from policies.model import Reason
 from proxy.channel import MAX_MESSAGE, Channel
 from proxy.child import die_with, leave_no_core, raise_descriptor_limit
 from proxy.compiled import read_policy
+from proxy.identity import Change, Pods
 from proxy.inspector.handover import Configuration, Handover
 from proxy.metrics.meter import Counts
 
@@ -72,7 +73,9 @@ class _Inspector:
         self._over = over
         self._configuration: Configuration | None = None
         self._wired: Wired | None = None
+        self._pods = Pods()
         self._closed_for: Reason | None = None
+        self._is_leaving = False
         self._end = 0.0  # of the grace, by the loop's clock
         self._counts = Counts(self._gauges)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -115,8 +118,12 @@ class _Inspector:
                 self._judge_by(descriptor, int(rest))
             case b"issuers":
                 self._sign_by(rest.decode())
+            case b"pods":
+                self._know(rest)
             case b"closed":
                 self._close_for(Reason(rest.decode()) if rest else None)
+            case b"leave":
+                self._leave()
             case b"finish":
                 self._end = asyncio.get_running_loop().time() + GRACE_S + float(rest)
                 self._over()
@@ -162,13 +169,24 @@ class _Inspector:
             self._say({"failed": f"its issuing CAs cannot be read: {type(error).__name__}"})  # its text may hold a key
             self._over()
 
+    def _know(self, text: bytes) -> None:
+        """Changes that cannot be read end this process: it would take one pod for another."""
+        try:
+            self._pods.take(Change.from_bytes(text))
+        except (ValueError, TypeError, KeyError) as error:
+            self._say({"failed": f"what is new of pods cannot be read: {type(error).__name__}"})
+            self._over()
+
     def _wire(self, policy: Policy) -> None:
         from proxy.inspector.wiring import wire  # here: a failure to import can be told as well
 
         if self._configuration is None:
             raise ValueError("a policy came before the configuration")
-        self._wired = wire(self._configuration, policy, self._record, self._tell, self._counts)
+        pods = self._pods if self._configuration.watches_pods else None
+        self._wired = wire(self._configuration, policy, self._record, self._tell, self._counts, pods=pods)
         self._wired.bench.close_for(self._closed_for)
+        if self._is_leaving:
+            self._wired.core.leave()
         gc.freeze()
         gc.set_threshold(20_000, 50, 100)
         gc.enable()
@@ -177,6 +195,11 @@ class _Inspector:
         self._closed_for = reason
         if self._wired:
             self._wired.bench.close_for(reason)
+
+    def _leave(self) -> None:
+        self._is_leaving = True
+        if self._wired:
+            self._wired.core.leave()
 
     def _gauges(self) -> dict[str, int]:
         if self._wired is None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from pki.authority import AuthorityError
+from pki.authority import AuthorityError, Issuing
 from pki.leaves import HTTP_1, HTTP_2
 from pki.signer import SignerError
 
@@ -27,6 +28,8 @@ class LeafSource(Protocol):
 
     def cached(self, host: str, alpn: tuple[str, ...]) -> ssl.SSLContext | None: ...
     def context(self, host: str, alpn: tuple[str, ...]) -> ssl.SSLContext: ...
+    def replace(self, issuers: Sequence[Issuing]) -> None: ...
+    def __len__(self) -> int: ...
 
 
 class Minting:
@@ -42,6 +45,18 @@ class Minting:
         self._max_waiting = max_waiting
         self._thread = ThreadPoolExecutor(1, "leaves")
         self._making: dict[tuple[str, tuple[str, ...]], asyncio.Future[ssl.SSLContext]] = {}
+
+    def cached(self, host: str, protocol: bytes) -> ssl.SSLContext | None:
+        """What `context` would give at once; None: it would take a while."""
+        return self._leaves.cached(host, HTTP_2 if protocol == b"h2" else HTTP_1)
+
+    @property
+    def remembered(self) -> int:
+        return len(self._leaves)
+
+    def replace(self, issuers: Sequence[Issuing]) -> None:
+        """Show leaves of these from now on."""
+        self._leaves.replace(issuers)
 
     async def context(self, host: str, protocol: bytes) -> ssl.SSLContext:
         """The context that shows a leaf for `host` and speaks one protocol (ALPN). Raises NoLeaf."""

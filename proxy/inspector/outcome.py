@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 from addons.judge import BAD_GATEWAY
-from addons.record import Outcome
+from addons.outcome import Outcome
 from policies.index import Policy
 from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy.inspector.handover import Handover
-from proxy.record import Record, hide_query_values, record_of
+from proxy.record import Record, hide_query_values, record_of, repeat_record
 
 MAX_URL = 8192  # characters of a URL in a record; a request head may have 64 KiB
 _RAW = re.compile(r"[^\x21-\x7e]")  # refused, and recorded: 0x9B begins an escape sequence on the reader's terminal
@@ -19,6 +19,27 @@ _UNTRUSTED = "the client does not trust this gate's CA: give it the trust bundle
 
 def record_of_outcome(policy: Policy, outcome: Outcome) -> Record:
     """The record of one request that was judged."""
+    judgement, conversation = outcome.judgement, outcome.conversation
+    precedent = judgement.precedent
+    if precedent is None or precedent.verdict is not judgement.verdict:  # it broke off, or failed
+        return _write_record(policy, outcome)
+    circumstances = (id(policy), judgement.generation, conversation.destination, conversation.user, outcome.upstream,
+                     outcome.status)  # fmt: skip
+    if precedent.circumstances == circumstances:
+        return repeat_record(
+            precedent.recorded,
+            id=judgement.id,
+            source=conversation.source,
+            started=outcome.started,
+            bytes_sent=outcome.bytes_sent,
+            bytes_received=outcome.bytes_received,
+        )
+    record = _write_record(policy, outcome)
+    precedent.circumstances, precedent.recorded = circumstances, record.copy()
+    return record
+
+
+def _write_record(policy: Policy, outcome: Outcome) -> Record:
     attempt = outcome.judgement.attempt
     workload = policy.workloads.get(attempt.workload)
     extra: Record = {}

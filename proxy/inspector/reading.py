@@ -1,34 +1,24 @@
-"""HTTP/1.1 read strictly out of a bounded buffer: heads by one grammar, chunks without their trailers. No I/O."""
+"""HTTP/1.1 out of a bounded buffer, in mitmproxy's values. What is admitted, the lane's grammar says. No I/O."""
 
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Iterable
 
 import h11
-from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer
 from mitmproxy import http
-from mitmproxy.net.http.http1 import read_request_head, read_response_head
 from mitmproxy.net.http.validate import validate_headers
 
-from addons.judge import BAD_REQUEST, METHOD_NOT_ALLOWED, TOO_LARGE
+from addons.judge import BAD_REQUEST, TOO_LARGE
+from proxy.lane.body import Chunked
+from proxy.lane.http1 import MAX_HEAD, Refused, parse_request, parse_response, read_fields
 
-MAX_HEAD = 64 * 1024  # mitmproxy has no cap: a head without an end would grow our memory
-MAX_LINE = 16 * 1024  # a chunk's size line with its extensions, or all trailers
+MAX_AHEAD = 16 * 1024  # of a later request, or of a body before its origin is there; then the client is not read
+UNASKED = "it switched protocols unasked"
 
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]++"  # RFC 9110 5.6.2
-_TEXT = rb"[\t\x20-\x7e\x80-\xff]*+"
 _BLANK_LINE = re.compile(rb"\n\r?\n")
-
-
-def _grammar(first_line: bytes, line_end: bytes) -> re.Pattern[bytes]:
-    return re.compile(first_line + line_end + rb"(?:" + _TOKEN + rb":" + _TEXT + line_end + rb")*+" + line_end)
-
-
-# RFC 9112 3 and 5 to the letter: one space, CR LF, no folding, no space before a colon, no bare CR or LF. What a target
-# may hold is the judge's matter. An origin may end its lines with LF alone: they are written anew for the client.
-_REQUEST = _grammar(_TOKEN + rb" [^\x00-\x20\x7f]++ HTTP/1\.[01]", rb"\r\n")
-_RESPONSE = _grammar(rb"HTTP/1\.[01] [1-9][0-9]{2}(?: " + _TEXT + rb")?", rb"\r?\n")
 
 
 class MalformedHead(ValueError):
@@ -78,33 +68,92 @@ class Fields(http.Headers):
         return ", ".join(found) if (found := self.get_all(name)) else default
 
 
-class Chunks(ChunkedReader):
-    """Reads chunked bodies and drops their trailers, which RFC 9110 6.5.1 allows and mitmproxy cannot carry."""
+class Chunks:
+    """A chunked body; its trailers are read and dropped, which RFC 9110 6.5.1 allows and mitmproxy cannot carry.
+
+    in_request  it may have no extensions
+    """
+
+    def __init__(self, *, in_request: bool) -> None:
+        self._body = Chunked(in_request=in_request)
+        self._is_whole = False
 
     def __call__(self, buf: ReceiveBuffer) -> h11.Data | h11.EndOfMessage | None:
-        found = super().__call__(buf)
-        return h11.EndOfMessage() if isinstance(found, h11.EndOfMessage) else found
+        """What there is of it; None: more is needed. Raises Refused."""
+        if self._is_whole:
+            return h11.EndOfMessage()
+        parts, self._is_whole, rest = self._body.feed(bytes(buf.maybe_extract_at_most(len(buf)) or b""))
+        buf += rest
+        if parts:
+            return h11.Data(data=b"".join(parts))
+        return h11.EndOfMessage() if self._is_whole else None
+
+    def read_eof(self) -> h11.Data | h11.EndOfMessage:
+        raise h11.RemoteProtocolError("the connection ended within a chunked body")
 
 
 def read_request(head: bytes) -> http.Request:
-    """Raises ValueError for what is no request head, or for CONNECT and TRACE, which mitmproxy would act upon."""
-    if not _REQUEST.fullmatch(head):
-        raise MalformedHead("this is not an HTTP/1.1 request head")
-    method = head[: head.index(b" ")]
-    if method in (b"CONNECT", b"TRACE"):
-        raise MalformedHead(f"{method.decode()} is not served", METHOD_NOT_ALLOWED)
-    request = read_request_head(head[:-4].split(b"\r\n"))
-    request.headers = Fields(request.headers.fields)
-    return request
+    """A request whose `path` is its target as received, in whichever form. Raises MalformedHead."""
+    try:
+        parse_request(head)
+    except Refused as refused:
+        raise MalformedHead(refused.why, refused.status) from None
+    line, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
+    method, target, version = line.split(b" ")
+    return http.Request(
+        host="",
+        port=0,
+        method=method,
+        scheme=b"",
+        authority=b"",
+        path=target,
+        http_version=version,
+        headers=_fields(lines),
+        content=None,
+        trailers=None,
+        timestamp_start=time.time(),
+        timestamp_end=None,
+    )
 
 
 def read_response(head: bytes, request: http.Request) -> http.Response:
     """Raises ValueError for what is no response head, or none to this request."""
-    if not _RESPONSE.fullmatch(head):
-        raise MalformedHead("this is not an HTTP/1.1 response head")
-    response = read_response_head([line.removesuffix(b"\r") for line in head.rstrip(b"\r\n").split(b"\n")])
-    if response.status_code == 101 and "upgrade" not in request.headers:
-        raise MalformedHead("it switched protocols unasked")
-    response.headers = Fields(response.headers.fields)
+    try:
+        parsed = parse_response(head, request.method)
+    except Refused as refused:
+        raise MalformedHead(refused.why) from None
+    if parsed.status == 101 and not _asked_for(request, parsed.fields.upgrade):
+        raise MalformedHead(UNASKED)
+    line, *lines = [one.removesuffix(b"\r") for one in head.rstrip(b"\r\n").split(b"\n")]
+    response = http.Response(
+        http_version=line.partition(b" ")[0],
+        status_code=parsed.status,
+        reason=parsed.phrase,
+        headers=_fields(lines),
+        content=None,
+        trailers=None,
+        timestamp_start=time.time(),
+        timestamp_end=None,
+    )
     validate_headers(response)
     return response
+
+
+def find_fault(request: http.Request, response: http.Response) -> str | None:
+    """What is wrong with the fields of a response that mitmproxy has read itself."""
+    try:
+        fields = read_fields(bytes(response.headers), in_request=False)
+    except Refused as refused:
+        return refused.why
+    return UNASKED if response.status_code == 101 and not _asked_for(request, fields.upgrade) else None
+
+
+def _fields(lines: Iterable[bytes]) -> Fields:
+    pairs = (line.partition(b":") for line in lines)
+    return Fields((name, value.strip(b"\t ")) for name, _, value in pairs)
+
+
+def _asked_for(request: http.Request, upgrade: str | None) -> bool:
+    """Whether the request wanted to switch to this very protocol (RFC 9110 7.8)."""
+    wanted, options = request.headers.get("upgrade", ""), request.headers.get("connection", "")
+    return upgrade in wanted.lower().split(", ") and "upgrade" in map(str.strip, options.lower().split(","))

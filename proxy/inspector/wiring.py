@@ -14,7 +14,8 @@ from mitmproxy.connection import Client
 from addons.answers import Answer, answer
 from addons.gate import Gate
 from addons.judge import BAD_REQUEST, Conversation, Judge, Unreachable
-from addons.record import Outcome, Recorder
+from addons.outcome import Outcome
+from addons.record import Recorder
 from addons.upstream import Upstream, trust_origins
 from pki.issuers import read_issuers
 from pki.leaves import HTTP_2, Leaves
@@ -24,6 +25,7 @@ from policies.model import Address, Reason
 from proxy.config import UpstreamProxy
 from proxy.dialer import interleave
 from proxy.hosts import HostsEntry
+from proxy.identity import Pods
 from proxy.inspector.core import Core
 from proxy.inspector.handover import Configuration, Handover
 from proxy.inspector.minting import Minting
@@ -40,8 +42,8 @@ from proxy.upstream_proxy import SiteProxy, parse_direct
 class Bench(PolicyInForce):
     """Where every request of this process is judged."""
 
-    def __init__(self, policy: Policy, workload: str | None) -> None:
-        super().__init__(policy, workload)
+    def __init__(self, policy: Policy, workload: str | None, pods: Pods | None) -> None:
+        super().__init__(policy, workload, pods)
         self.judge = Judge(self.decide, now=time.time, new_id=new_id, identify=self._identify)
         self.swap(policy)
 
@@ -72,13 +74,16 @@ def wire(
     record: Sink,
     failed: Callable[[Exception], None],
     counts: Counts | None = None,
+    *,
+    pods: Pods | None = None,
 ) -> Wired:
     """What serves by `configuration` and `policy`. Raises what is wrong with them: ValueError, OSError.
 
     counts  told of lookups and dials
+    pods    of the cluster that the gate watches
     """
     counts = counts or Counts()
-    bench = Bench(policy, configuration.workload)
+    bench = Bench(policy, configuration.workload, pods)
     judge = bench.judge
     conversations: dict[str, Conversation] = {}
 

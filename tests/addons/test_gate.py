@@ -21,7 +21,8 @@ from mitmproxy.test import tflow
 
 from addons.gate import ANSWER, CANCELLED, FAILURE, JUDGEMENT, MALFORMED_BODY, STALE, Gate
 from addons.judge import Conversation, Judge, Unreachable
-from addons.record import Outcome, Recorder
+from addons.outcome import Outcome
+from addons.record import Recorder
 from addons.upstream import Resolution, Upstream, trust_origins
 from policies.engine import decide
 from policies.hostnames import Hostname, parse_hostname

@@ -72,14 +72,14 @@ SMUGGLING = [
     ("negative-length", POST + "Content-Length: -1\r\n\r\n", [400], 0),
     ("hex-length", POST + "Content-Length: 0x2\r\n\r\nab", [400], 0),
     ("empty-length", POST + "Content-Length:\r\n\r\n", [400], 0),
-    ("underscore-length", POST + "Content_Length: 2\r\n\r\n", [200], 1),
+    ("underscore-length", POST + "Content_Length: 2\r\n\r\n", [400], 0),
     ("length-with-leading-zeros", POST + "Content-Length: 002\r\n\r\nab", [400], 0),
     ("length-with-a-vertical-tab", POST + "Content-Length: \x0b2\r\n\r\nab", [400], 0),
     ("two-codings", POST + "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n", [400], 0),
     ("coding-with-a-tab", POST + "Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", [400], 0),
-    ("coding-unknown", POST + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", [400], 0),
+    ("coding-unknown", POST + "Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", [501], 0),
     ("coding-last-not-chunked", POST + "Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", [400], 0),
-    ("coding-gzip", POST + "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", [400], 0),
+    ("coding-gzip", POST + "Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", [501], 0),
     ("coding-quoted", POST + 'Transfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n', [400], 0),
     ("space-before-the-colon", POST + "Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n", [400], 0),
     ("tab-before-the-colon", POST + "Content-Length\t: 4\r\n\r\nabcd", [400], 0),
@@ -97,9 +97,9 @@ SMUGGLING = [
     ("leading-line-feed", "\n" + LINE + "\r\n", [400], 0),
     ("no-version", f"GET /x\r\nHost: {HOST}\r\n\r\n", [400], 0),
     ("http-0.9", "GET /x\r\n\r\n", [400], 0),
-    ("http-1.2", LINE.replace("1.1", "1.2") + "\r\n", [400], 0),
-    ("http-2", LINE.replace("1.1", "2.0") + "\r\n", [400], 0),
-    ("http-2-preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400], 0),
+    ("http-1.2", LINE.replace("1.1", "1.2") + "\r\n", [505], 0),
+    ("http-2", LINE.replace("1.1", "2.0") + "\r\n", [505], 0),
+    ("http-2-preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [505], 0),
     ("two-spaces", LINE.replace("GET ", "GET  ") + "\r\n", [400], 0),
     ("tab-for-a-space", LINE.replace("GET ", "GET\t") + "\r\n", [400], 0),
     ("space-at-the-end-of-the-line", LINE.replace("1.1\r\n", "1.1 \r\n", 1) + "\r\n", [400], 0),
@@ -114,7 +114,7 @@ SMUGGLING = [
     ("two-hosts", LINE + "Host: evil.test\r\n\r\n", [400], 0),
     ("two-equal-hosts", LINE + f"Host: {HOST}\r\n\r\n", [400], 0),
     ("another-host", get("/x", host="evil.test").decode(), [421], 0),
-    ("host-with-another-port", get("/x", host=f"{HOST}:444").decode(), [400], 0),
+    ("host-with-another-port", get("/x", host=f"{HOST}:444").decode(), [421], 0),
     ("host-with-a-user", get("/x", host=f"a@{HOST}").decode(), [400], 0),
     ("host-with-a-fragment", get("/x", host=f"{HOST}#.evil.test").decode(), [400], 0),
     ("host-with-a-nul", get("/x", host=f"{HOST}\0.evil.test").decode(), [400], 0),
@@ -139,6 +139,7 @@ SMUGGLING = [
     ("anything-behind-a-malformed-one", LINE + "X\r\n\r\n" + get("/x").decode(), [400], 0),
     ("the-body-of-a-denied-one-is-no-request", f"POST /denied HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 99\r\n\r\n"
      + get("/x").decode(), [403], 0),
+    ("chunk-extension", POST + "Transfer-Encoding: chunked\r\n\r\n2;x\r\nab\r\n0\r\n\r\n", [400], 0),
     ("chunk-size-with-a-sign", POST + "Transfer-Encoding: chunked\r\n\r\n+2\r\nab\r\n0\r\n\r\n", [400], 0),
     ("chunk-size-in-0x", POST + "Transfer-Encoding: chunked\r\n\r\n0x2\r\nab\r\n0\r\n\r\n", [400], 0),
     ("chunk-size-too-long", POST + "Transfer-Encoding: chunked\r\n\r\n" + "1" * 25 + "\r\nab", [400], 0),
@@ -178,9 +179,9 @@ def test_smuggling(rig: Rig, payload: str, statuses: list[int], seen: int, cut: 
     assert (len(whole), len(rig.origin.requests) - before) == (seen, seen)
 
 
-def test_chunk_extensions_and_trailers_stop_at_the_gate(rig: Rig) -> None:
+def test_trailers_stop_at_the_gate(rig: Rig) -> None:
     before = len(rig.origin.requests)
-    body = '2;x="a"\r\nab\r\n0;y\r\nX-Trailer: Host\r\n\r\n'
+    body = "2\r\nab\r\n0\r\nX-Trailer: Host\r\n\r\n"
     (reply,) = replies(rig, (POST + "Transfer-Encoding: chunked\r\n\r\n" + body).encode(), 1)
     assert reply.status == 200
     (request,) = rig.origin.requests[before:]

@@ -52,6 +52,9 @@ class Origin(http.server.BaseHTTPRequestHandler):
         self.paths.append(self.path)
         body = b"from the origin"
         self.send_response(200)
+        if self.path.endswith("/fields"):
+            for _ in range(101):
+                self.send_header("X", "a")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -162,7 +165,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
             server.server_close()
 
 
-H1 = "--http1.1"
+H1, MALFORMED = "--http1.1", "malformed_request"
 ROWS = {
     "an allowed path": (["https://weather.test/search/x", H1], 200, "rule"),
     "the same over HTTP/2": (["https://weather.test/search/x", "--http2"], 200, "rule"),
@@ -172,6 +175,15 @@ ROWS = {
     "a denied path over HTTP/2": (["https://weather.test/search/secret/x", "--http2"], 403, "deny_rule"),
     "a path trick": (["https://weather.test/search/%2e%2e/x", "--path-as-is", H1], 400, "malformed_path"),
     "another Host than the SNI": (["https://weather.test/search", "-H", "Host: pass.test", H1], 421, "host_mismatch"),
+    "an unknown expectation": (["https://weather.test/search/x", H1, "-d", "a", "-H", "Expect: x"], 417, MALFORMED),
+    "a length as CGI reads it": (["https://weather.test/search/x", H1, "-H", "Content_Length: 5"], 400, MALFORMED),
+    "a length as CGI reads it over HTTP/2": (
+        ["https://weather.test/search/x", "--http2", "-H", "Content_Length: 5"],
+        400,
+        MALFORMED,
+    ),
+    "a target that is too long": (["https://weather.test/search/x?" + "a" * 20_000, H1], 414, MALFORMED),
+    "a head of too many fields": (["https://weather.test/search/x", H1, *["-H", "X: a"] * 101], 431, MALFORMED),
     "a name carried undecrypted": (["https://pass.test/anything", H1], 200, "rule"),
     "a name that no rule names": (["https://nobody.test/"], 403, "no_rule"),
     "an address": (["https://127.0.0.1:1/"], 0, "never_reached"),
@@ -194,6 +206,14 @@ def test_stock_mitmproxy_enforces_the_policy(stock: Stock, words: list[str], sta
     assert len(stock.paths) - asked == (1 if status == 200 else 0)
     if status >= 400:
         assert json.loads(body or "{}").get("reason", reason) == reason
+
+
+def test_a_response_that_the_gate_would_not_believe_is_not_passed_on(stock: Stock) -> None:
+    status, body = stock.curl("https://weather.test/search/fields", H1)
+
+    assert "from the origin" not in body
+    assert status != 200
+    assert stock.records()[-1]["reason"] == "upstream_failed"
 
 
 def test_two_hosts_over_one_proxy_connection_are_judged_each(stock: Stock) -> None:

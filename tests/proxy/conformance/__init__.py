@@ -1,0 +1,1 @@
+"""The conformance table: what both HTTP hosts must make of the same bytes, from clients and from origins."""
