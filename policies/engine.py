@@ -9,12 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from enum import Enum, auto
+from math import inf
 
 from policies.addresses import Reach, classify
+from policies.expecting import Expect as Expect  # asked beside `decide`: re-exported
+from policies.expecting import any_holds
+from policies.expecting import carries_plain as carries_plain
+from policies.expecting import expect as expect
+from policies.expecting import expects_quic as expects_quic
 from policies.hostnames import Hostname, parents
 from policies.index import HostGroup, Policy, PortRules, TransportTable, WorkloadIndex, is_valid, live
 from policies.model import (
+    AMBIGUOUS,
+    CONTRADICTED,
+    STALE,
     UNKNOWN,
     Action,
     Address,
@@ -25,7 +33,6 @@ from policies.model import (
     HostRule,
     Mode,
     NameRule,
-    PortRange,
     Reason,
     Stage,
     Tls,
@@ -56,6 +63,8 @@ AUDITED = frozenset(
 _NEARNESS = (
     Reason.PORT,
     Reason.EXPIRED,
+    Reason.NO_SNI,
+    Reason.HOST_MISMATCH,
     Reason.PRIVATE_ADDRESS,
     Reason.NEVER_REACHED,
     Reason.DENY_RULE,
@@ -63,12 +72,11 @@ _NEARNESS = (
 )
 
 
-class Expect(Enum):
-    """How the listener opens a port of a workload."""
-
-    PEEK = auto()  # TLS or HTTP: the first bytes name the host
-    OPAQUE = auto()  # only `tcp:` rules cover it: relay at once, the server may speak first
-    EITHER = auto()  # both: peek, and take silence for opaque
+_DOUBTS = {
+    AMBIGUOUS: Reason.AMBIGUOUS_WORKLOAD,
+    STALE: Reason.STALE_WORKLOAD,
+    CONTRADICTED: Reason.CREDENTIALS,
+}
 
 
 def decide(policy: Policy, attempt: Attempt) -> Verdict:
@@ -77,7 +85,7 @@ def decide(policy: Policy, attempt: Attempt) -> Verdict:
         return _deny(attempt, attempt.fault)
     index = policy.index.get(attempt.workload)
     if index is None:
-        return _deny(attempt, Reason.UNKNOWN_WORKLOAD)
+        return _deny(attempt, _DOUBTS.get(attempt.workload, Reason.UNKNOWN_WORKLOAD))
     verdict = _JUDGES[attempt.stage](policy, index, attempt)
     if index.workload.mode is Mode.AUDIT and verdict.reason in AUDITED:
         return _let_pass(index, attempt, verdict)
@@ -104,30 +112,6 @@ def identify(policy: Policy, address: Address, user: str | None = None) -> str:
         return named
     found = policy.sources.covering(address)
     return found[0] if found else UNKNOWN
-
-
-def expect(policy: Policy, workload: str, port: int) -> Expect:
-    """What may arrive on `port` of `workload`."""
-    index = policy.index.get(workload)
-    if index is None:
-        return Expect.PEEK
-    if not _any_holds(index.tcp.ports, port):  # audit lets opaque bytes pass too, so it must not wait for a hello
-        return Expect.EITHER if index.workload.mode is Mode.AUDIT else Expect.PEEK
-    if _any_holds(index.host_ports, port):
-        return Expect.EITHER
-    # An address rule carries any name; a closed one has to be seen to be denied. A rule by name dials that name alone.
-    closes = policy.guard_table.closes or index.hosts.closes
-    return Expect.EITHER if closes and _any_holds(index.tcp.prefix_ports, port) else Expect.OPAQUE
-
-
-def carries_plain(policy: Policy, workload: str, port: int) -> bool:
-    """Whether a host rule of `workload` carries plain HTTP on `port`; port 80 always counts as plain."""
-    index = policy.index.get(workload)
-    return port == 80 or (index is not None and _any_holds(index.plain_ports, port))
-
-
-def _any_holds(ranges: Iterable[PortRange], port: int) -> bool:
-    return any(port in ports for ports in ranges)
 
 
 # --- stages --------------------------------------------------------------------------------------------------------
@@ -232,9 +216,11 @@ def _lookup_rules(index: WorkloadIndex, name: Hostname) -> list[NameRule]:
 
 
 def _decide_opaque(policy: Policy, index: WorkloadIndex, attempt: Attempt) -> Verdict:
-    """TCP that names nobody, and UDP."""
+    """TCP that names nobody, and UDP; `host` is there the name that QUIC shows."""
     table = index.tcp if attempt.stage is Stage.TCP else index.udp
     if verdict := _decide_transport(table, policy, index, attempt):
+        if attempt.ech and _is_quic(verdict.rule) and verdict.is_allow and not index.workload.ech:
+            return _deny(attempt, Reason.ECH, verdict.rule)
         return verdict
     for name in attempt.names:
         if groups := index.hosts.matching(name):  # the host rule expects TLS or HTTP
@@ -351,15 +337,17 @@ def _decide_transport(table: TransportTable, policy: Policy, index: WorkloadInde
         return _nearest(misses)
     if not attempt.names and classify(attempt.address) is Reach.NEVER:
         return _deny(attempt, Reason.NEVER_REACHED)
+    admitting: list[tuple[TransportRule, Verdict]] = []
     for rule, inside_private in table.prefixes.covering(attempt.address):
         if miss := _miss(rule, attempt):
             misses.append(_deny(attempt, miss, rule))
             continue
         verdict = admit(_carry(attempt, rule, Dial.ORIGINAL, private=inside_private), attempt.address)
         if verdict.is_allow:
-            return verdict
-        misses.append(verdict)
-    return _nearest(misses)
+            admitting.append((rule, verdict))
+        else:
+            misses.append(verdict)
+    return min(admitting, key=lambda one: _strictness(one[0]))[1] if admitting else _nearest(misses)
 
 
 def _decide_beside(index: WorkloadIndex, attempt: Attempt, groups: Sequence[HostGroup], name: Hostname) -> Verdict:
@@ -379,14 +367,27 @@ def _carry_by_name(attempt: Attempt, rules: Iterable[TransportRule], name: Hostn
             admitting.append(rule)
     if admitting:
         private = any(rule.private for rule in admitting)
-        return _carry(attempt, admitting[0], Dial.NAME, private=private, host=name)
+        return _carry(attempt, min(admitting, key=_strictness), Dial.NAME, private=private, host=name)
     return max(misses, key=_nearness)  # a name stands in the table with one rule at least
 
 
 def _miss(rule: TransportRule, attempt: Attempt) -> Reason | None:
-    if not _any_holds(rule.ports, attempt.port):
+    if not any_holds(rule.ports, attempt.port):
         return Reason.PORT
-    return None if is_valid(rule, _day(attempt)) else Reason.EXPIRED
+    if not is_valid(rule, _day(attempt)):
+        return Reason.EXPIRED
+    if rule.quic and attempt.host != rule.host:
+        return Reason.NO_SNI if attempt.host is None else Reason.HOST_MISMATCH
+    return None
+
+
+def _strictness(rule: TransportRule) -> tuple[bool, float]:
+    """Of several rules that admit one thing the least strict counts, in whatever order they stand: rules only grant."""
+    return _is_quic(rule), -inf if rule.budget is None else -rule.budget
+
+
+def _is_quic(rule: AnyRule | None) -> bool:
+    return isinstance(rule, TransportRule) and rule.quic is not None
 
 
 def _carry(
@@ -416,7 +417,7 @@ def _let_pass(index: WorkloadIndex, attempt: Attempt, denial: Verdict) -> Verdic
     name = attempt.host or next(iter(attempt.names), None)
     groups = index.hosts.matching(name) if name else []
     rules = _covering(groups[0], attempt.port) if groups else None
-    if attempt.stage is Stage.TLS and attempt.ech and not _allows_ech(index, rules):
+    if attempt.stage in (Stage.TLS, Stage.UDP) and attempt.ech and not _allows_ech(index, rules):
         return _deny(attempt, Reason.ECH, denial.rule)
     if attempt.stage is Stage.HTTP and not _admits_upgrade(rules, attempt.upgrade):
         return _deny(attempt, Reason.UPGRADE, denial.rule)

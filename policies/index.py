@@ -16,10 +16,12 @@ from policies.addresses import PrefixMap, inside_one_private_block
 from policies.errors import PolicyError, Problem
 from policies.hostnames import Hostname, Pattern, parents
 from policies.model import (
+    AMBIGUOUS,
     Action,
     AnyRule,
     Entry,
     HostRule,
+    KubernetesMatch,
     NameRule,
     PortRange,
     Reason,
@@ -114,6 +116,7 @@ class TransportTable:
     prefixes: PrefixMap[tuple[TransportRule, bool]]
     ports: frozenset[PortRange]
     prefix_ports: frozenset[PortRange]  # of the rules by prefix alone
+    quic_ports: frozenset[PortRange]  # of the rules with `quic: sni`
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,10 @@ class WorkloadIndex:
     host_ports: frozenset[PortRange]
     plain_ports: frozenset[PortRange]
     ancestors: Collection[Hostname]  # every name above a named one; wildcards count with the name they stand under
+
+
+# By namespace (`` for those that name none): workload and match.
+type PodMatches = Mapping[str, tuple[tuple[str, KubernetesMatch], ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,7 @@ class Policy:
     guard_table: HostTable = field(repr=False, compare=False)
     sources: PrefixMap[str] = field(repr=False, compare=False)
     users: Mapping[str, str] = field(repr=False, compare=False)  # name of a verified credential to workload
+    pods: PodMatches = field(default_factory=dict, repr=False, compare=False)
     generation: str = field(default="", repr=False, compare=False)
 
 
@@ -161,7 +169,30 @@ def build(workloads: Mapping[str, Workload], guard: Sequence[HostRule] = (), tes
         for network in workload.match.address
     )
     users = {one.match.user: one.name for one in workloads.values() if one.match and one.match.user}
-    return Policy(dict(workloads), tuple(guard), tuple(tests), index, guard_table, sources, users)
+    pods = _pod_matches(workloads.values())
+    return Policy(dict(workloads), tuple(guard), tuple(tests), index, guard_table, sources, users, pods)
+
+
+def _pod_matches(workloads: Iterable[Workload]) -> PodMatches:
+    found: dict[str, list[tuple[str, KubernetesMatch]]] = defaultdict(list)
+    for workload in workloads:
+        if workload.match and (match := workload.match.kubernetes):
+            found[match.namespace or ""].append((workload.name, match))
+    return {namespace: tuple(matches) for namespace, matches in found.items()}
+
+
+def match_pod(pods: PodMatches, namespace: str, service_account: str, labels: Mapping[str, str]) -> str | None:
+    """The workload whose `match: kubernetes` means this pod; AMBIGUOUS where two do, None where none does."""
+    found = [
+        workload
+        for within in (namespace, "")
+        for workload, match in pods.get(within, ())
+        if match.service_account in (None, service_account)
+        and all(labels.get(key) == value for key, value in match.labels)
+    ]
+    if len(found) > 1:
+        return AMBIGUOUS
+    return found[0] if found else None
 
 
 def live(rules: PortRules, day: float) -> PortRules | None:
@@ -235,6 +266,7 @@ def _transport_table(rules: Sequence[TransportRule]) -> TransportTable:
         prefixes=PrefixMap(prefixes),
         ports=frozenset(ports for rule in rules for ports in rule.ports),
         prefix_ports=frozenset(ports for rule in rules if rule.networks for ports in rule.ports),
+        quic_ports=frozenset(ports for rule in rules if rule.quic for ports in rule.ports),
     )
 
 

@@ -18,6 +18,11 @@ from policies.paths import PathPattern
 
 UNKNOWN = "unknown"  # the workload of a source that matches none; it may have rules, never `match`
 
+# In place of a workload, of a source that nobody can vouch for. No policy can give these names, so none has rules.
+AMBIGUOUS = "(ambiguous)"
+STALE = "(stale)"
+CONTRADICTED = "(contradicted)"
+
 
 class Stage(StrEnum):
     """Where an attempt is judged. An HTTPS request is judged at `dns`, then `tls`, then (inspected) `http`."""
@@ -69,9 +74,11 @@ class Reason(StrEnum):
     ANCESTOR = "ancestor"  # dns: a name above an allowed one; exists, has no addresses for you (RFC 8020)
     QUERY_TYPE = "query_type"  # dns: the name may be looked up, this record type may not
     LOOKUP_BUDGET = "lookup_budget"  # dns: more new names below a wildcard, or longer ones, than a program needs
+    BUDGET = "budget"  # udp: the rule's budget is used up
     UPGRADE = "upgrade"  # an Upgrade the rule does not admit
     UNKNOWN_WORKLOAD = "unknown_workload"
-    AMBIGUOUS_WORKLOAD = "ambiguous_workload"
+    AMBIGUOUS_WORKLOAD = "ambiguous_workload"  # two pods claim the address, or two workloads match the pod
+    STALE_WORKLOAD = "stale_workload"  # the cluster has not told for too long which pod has which address
     CREDENTIALS = "credentials"  # explicit proxy: none given and no rule for the address, or wrong ones (407)
     # the attempt is not what it says
     WRONG_PROTOCOL = "wrong_protocol"  # TLS on a plain port, plain bytes on a TLS port
@@ -97,6 +104,8 @@ class Reason(StrEnum):
     HELLO_TIMEOUT = "hello_timeout"
     HELLO_TOO_LARGE = "hello_too_large"
     TOO_MANY_CONNECTIONS = "too_many_connections"
+    OVERLOADED = "overloaded"  # too many bytes wait in the gate, and this source's are more than its part (503)
+    TOO_SLOW = "too_slow"  # a body moved slower than any transfer needs, or a request lasted too long
     HTTP2_FLOOD = "http2_flood"  # more resets, settings or pings than any client needs
     CLIENT_GONE = "client_gone"
     NOT_SERVED = "not_served"  # a rule admits it and this gate does not carry its kind yet
@@ -175,7 +184,7 @@ class HostRule(Rule):
     private: bool = False
     encoded_slash: bool = False  # `encodedSlash: literal`
     ech: bool | None = None  # None: as the workload says
-    http2: bool = True
+    http2: bool | None = None  # None: only for clients that offer nothing else
     upgrade: frozenset[str] = frozenset()
     upstream_pool: bool = False
 

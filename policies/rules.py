@@ -43,7 +43,11 @@ _HOST_KEYS = {
     "ech": Key(
         choice({"allow": True, "deny": False}), "allow: Encrypted Client Hello may pass; the outer name is judged."
     ),
-    "http2": Key(FLAG, "false: inspected connections speak HTTP/1.1 only."),
+    "http2": Key(
+        FLAG,
+        "true: inspected connections speak HTTP/2 where both ends do. false: never. "
+        "Not written: with clients that offer nothing else.",
+    ),
     "upgrade": Key(
         listing(choice({"websocket": "websocket"}), least=1, single=True).into(frozenset),
         "Protocols that an allowed request may upgrade to.",
@@ -79,8 +83,8 @@ _TARGETS = {
 _TCP_EXTRAS = {"private": _PRIVATE, **_COMMON}
 _UDP_EXTRAS = {
     **_TCP_EXTRAS,
-    "budget": Key(values.BUDGET, "The most that may leave in an hour: 10MiB/h."),
-    "quic": Key(choice({"sni": "sni"}), "sni: a QUIC connection is judged by the name in its first packet."),
+    "budget": Key(values.BUDGET, "The most that passes in any hour, both ways: 10MiB/h."),
+    "quic": Key(choice({"sni": "sni"}), "sni: QUIC alone, whose first packets must show this very name."),
 }
 
 
@@ -147,6 +151,8 @@ def _make_transport(place: Place, label: str, fields: dict[str, Any]) -> Transpo
     if rule.private and rule.host is None:
         repair = "an address rule inside one private block needs no private; others never reach private addresses"
         raise Wrong([Problem(place, "private is for names", repair)])
+    if rule.quic and rule.host is None:
+        raise Wrong([Problem(place, "quic is for names", "write host: NAME; an address rule carries any datagram")])
     return rule
 
 

@@ -1,4 +1,4 @@
-"""The Kubernetes API over HTTP: look, list, watch, apply, delete, and one word for each way it fails.
+"""The Kubernetes API over HTTP: look, list, watch, create, apply, delete, and one word for each way it fails.
 
 lightkube finds the cluster and proves who we are: service account, kubeconfig, token files that rotate, exec plugins.
 Requests are made here and not by its client, which takes whole objects where metadata is enough (a thousand bundles
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,9 @@ MAX_REST_S = 600.0  # whatever Retry-After says
 
 _METADATA = "application/json;as=PartialObjectMetadata{};g=meta.k8s.io;v=v1,application/json"
 _random = secrets.SystemRandom()
+
+
+type TakePage = Callable[[Sequence[Json]], None]
 
 
 class NoCluster(Exception):
@@ -65,10 +68,14 @@ class ListAgain(ApiFault):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change that a watch tells. `kind` is ADDED, MODIFIED, DELETED, or BOOKMARK: only the version moved on."""
+    """One change that a watch tells. `kind` is ADDED, MODIFIED, DELETED, or BOOKMARK: only the version moved on.
+
+    whole  the object, as far as the watch was to tell it
+    """
 
     kind: str
     metadata: Json
+    whole: Json
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +92,16 @@ class Pace:
 
 @asynccontextmanager
 async def connect(
-    kubeconfig: str | None, context: str | None, *, connections: int, patience_s: float = PATIENCE_S
+    kubeconfig: str | None,
+    context: str | None,
+    *,
+    connections: int,
+    patience_s: float = PATIENCE_S,
+    flag: str = "--kubeconfig",
 ) -> AsyncIterator[Api]:
     """The cluster of `kubeconfig`, else the one that this pod is in, else that of KUBECONFIG or ~/.kube/config.
 
-    Raises NoCluster. Nothing is sent yet.
+    `flag` is how the operator names another one. Raises NoCluster. Nothing is sent yet.
     """
     try:
         found = KubeConfig.from_file(kubeconfig) if kubeconfig else KubeConfig.from_env()
@@ -101,7 +113,7 @@ async def connect(
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         client = httpx2.AsyncClient(**params, limits=limits)
     except ConfigError as error:
-        raise NoCluster(f"{error}; name a kubeconfig with --kubeconfig, or run in a pod") from error
+        raise NoCluster(f"{error}; name a kubeconfig with {flag}, or run in a pod") from error
     except KeyError as error:
         raise NoCluster(f"the kubeconfig, or this pod's environment, lacks {error}; name another one") from error
     except (OSError, AttributeError, TypeError, ValueError, MsgspecError, yaml.YAMLError) as error:
@@ -145,26 +157,53 @@ class Api:
     async def list(self, path: str, query: Mapping[str, str]) -> tuple[str, list[Json]]:
         """The version of the list, and the metadata of every object in it."""
         found: list[Json] = []
+        version = await self.list_pages(path, query, lambda page: found.extend(_metadata_of(page)))
+        return version, found
+
+    async def list_pages(self, path: str, query: Mapping[str, str], take: TakePage, *, whole: bool = False) -> str:
+        """Gives `take` the objects, a page at a time, and returns the version of the list.
+
+        whole  not their metadata alone: thousands of objects are many megabytes
+        """
         more = ""
         while True:
             page = {"limit": str(PAGE)} | ({"continue": more} if more else {})
-            answer = await self._ask("GET", path, {**query, **page}, accept=_METADATA.format("List"))
+            answer = await self._ask("GET", path, {**query, **page}, accept=_accepted(whole, "List"))
             version = _version(path, answer)
-            found += (mapping(mapping(item).get("metadata")) for item in items_of(answer, "items"))
+            take([mapping(item) for item in items_of(answer, "items")])
             more = text_of(mapping(answer.get("metadata")), "continue")
             if not more:
-                return version, found
+                return version
 
-    async def watch(self, path: str, query: Mapping[str, str], version: str, take: Callable[[Event], None]) -> None:
-        """Gives `take` every change since `version`. Returns when the server has had enough. Raises ListAgain, too."""
+    async def watch(
+        self,
+        path: str,
+        query: Mapping[str, str],
+        version: str,
+        take: Callable[[Event], None],
+        *,
+        whole: bool = False,
+        watch_s: int | None = None,
+        begun: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Gives `take` every change since `version`. Returns when the server has had enough. Raises ListAgain, too.
+
+        whole    objects, not their metadata alone
+        watch_s  after which the server is to end it, else WATCH_S
+        begun    is told when the server has begun to tell
+        """
         await self._rest()
-        async with aclosing(self._events(path, query, version)) as events:
+        async with aclosing(self._events(path, query, version, whole, watch_s or WATCH_S, begun)) as events:
             async for event in events:
                 take(event)
 
-    async def apply(self, path: str, body: bytes, *, force: bool) -> str:
+    async def create(self, path: str, body: bytes) -> Json:
+        """What the server makes of `body`: also a question in the form of an object, such as a TokenReview."""
+        return await self._ask("POST", path, {}, body)
+
+    async def apply(self, path: str, body: bytes, *, force: bool, manager: str = FIELD_MANAGER) -> str:
         """Server-side apply. Returns the new resourceVersion. Without `force` a field of somebody else's is a 409."""
-        query = {"fieldManager": FIELD_MANAGER, "force": "true" if force else "false"}
+        query = {"fieldManager": manager, "force": "true" if force else "false"}
         answer = await self._ask("PATCH", path, query, body, content_type="application/apply-patch+yaml")
         return _version(path, answer)
 
@@ -178,22 +217,31 @@ class Api:
             if fault.status != 404:
                 raise
 
-    async def _events(self, path: str, query: Mapping[str, str], version: str) -> AsyncGenerator[Event, None]:
+    async def _events(
+        self,
+        path: str,
+        query: Mapping[str, str],
+        version: str,
+        whole: bool,
+        watch_s: int,
+        begun: Callable[[], None],
+    ) -> AsyncGenerator[Event, None]:
         query = {
             **query,
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": version,
-            "timeoutSeconds": str(WATCH_S),
+            "timeoutSeconds": str(watch_s),
         }
-        timeout = httpx2.Timeout(self._patience_s, read=WATCH_S + self._patience_s)
-        headers = {"Accept": _METADATA.format("")}
+        timeout = httpx2.Timeout(self._patience_s, read=watch_s + self._patience_s)
+        headers = {"Accept": _accepted(whole)}
         with _faults(path):
             async with self._client.stream("GET", path, params=query, headers=headers, timeout=timeout) as answer:
                 if answer.status_code != 200:
                     async with asyncio.timeout(self._patience_s):
                         await answer.aread()
                     raise self._fault(path, answer)
+                begun()
                 async for line in _lines(answer):
                     yield _event(path, line)
 
@@ -234,6 +282,14 @@ class Api:
         if retry_after_s:
             self._rest_until = max(self._rest_until, asyncio.get_running_loop().time() + retry_after_s)
         return _status_fault(path, status, answer.status_code, retry_after_s)
+
+
+def _accepted(whole: bool, of: str = "") -> str:
+    return "application/json" if whole else _METADATA.format(of)
+
+
+def _metadata_of(page: Sequence[Json]) -> Iterator[Json]:
+    return (mapping(item.get("metadata")) for item in page)
 
 
 @contextmanager
@@ -282,7 +338,7 @@ def _event(path: str, line: bytes) -> Event:
         case "ADDED" | "MODIFIED" | "DELETED" | "BOOKMARK" as kind:
             metadata = mapping(about.get("metadata"))
             if text_of(metadata, "resourceVersion") and (kind == "BOOKMARK" or text_of(metadata, "name")):
-                return Event(kind, metadata)
+                return Event(kind, metadata, about)
     raise ListAgain(f"{path}: a malformed event")
 
 

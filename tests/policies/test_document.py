@@ -38,7 +38,7 @@ def test_a_host_rule_alone_has_the_defaults_of_the_language() -> None:
     assert found.pattern == parse_pattern("api.example.org")
     assert found.ports == (PortRange(443, 443),)
     assert (found.plain, found.tls, found.allow, found.deny) == ((), Tls.PASSTHROUGH, None, ())
-    assert (found.private, found.encoded_slash, found.ech, found.http2) == (False, False, None, True)
+    assert (found.private, found.encoded_slash, found.ech, found.http2) == (False, False, None, None)
     assert (found.upgrade, found.upstream_pool, found.until) == (frozenset(), False, None)
     assert str(found) == "p.yaml:5 (app/rules[0])"
 

@@ -114,7 +114,7 @@ class Twin:
         attempt = self.attempt
         is_tls = attempt.stage is Stage.TLS
         name = attempt.host or (attempt.names[0] if attempt.names else None)
-        if is_tls and attempt.ech:
+        if attempt.stage in (Stage.TLS, Stage.UDP) and attempt.ech:
             said = [rule.ech for rule in (self.on_port(name) if name else []) if rule.ech is not None]
             assert self.workload
             if not (any(said) if said else self.workload.ech):
@@ -281,12 +281,13 @@ class Twin:
         closed = [found for name in names if (found := self.closed(name))]
         misses = list(closed)
         for name in names:
-            for rule in rules:
-                if rule.host == name and not self.closed(name):
-                    if miss := self.miss(rule):
-                        misses.append(miss)
-                    else:
-                        return Answer(Reason.RULE, True, tls, Dial.NAME, name, self.private_of(rules, name))
+            mine = [rule for rule in rules if rule.host == name and not self.closed(name)]
+            misses += filter(None, map(self.miss, mine))
+            if admitting := [rule for rule in mine if not self.miss(rule)]:
+                assert self.workload
+                if self.attempt.ech and all(rule.quic for rule in admitting) and not self.workload.ech:
+                    return Answer(Reason.ECH)
+                return Answer(Reason.RULE, True, tls, Dial.NAME, name, self.private_of(rules, name))
         if address is not None and not closed:
             if not names and classify(address) is Reach.NEVER:
                 return Answer(Reason.NEVER_REACHED)
@@ -313,12 +314,18 @@ class Twin:
     def miss(self, rule: TransportRule) -> Answer | None:
         if not covers(rule.ports, self.attempt.port):
             return Answer(Reason.PORT)
-        return None if self.valid(rule) else Answer(Reason.EXPIRED)
+        if not self.valid(rule):
+            return Answer(Reason.EXPIRED)
+        if rule.quic and rule.host != self.attempt.host:
+            return Answer(Reason.HOST_MISMATCH if self.attempt.host else Reason.NO_SNI)
+        return None
 
 
 NEAREST_LAST = [
     Reason.PORT,
     Reason.EXPIRED,
+    Reason.NO_SNI,
+    Reason.HOST_MISMATCH,
     Reason.PRIVATE_ADDRESS,
     Reason.NEVER_REACHED,
     Reason.DENY_RULE,
@@ -429,6 +436,9 @@ def guard_rules(lists: bool) -> st.SearchStrategy[HostRule]:
 
 stages = st.sampled_from([Stage.TCP, Stage.UDP])
 by_name = st.builds(TransportRule, **common, stage=stages, host=names, ports=ranges, private=rarely)
+by_sni = st.builds(
+    TransportRule, **common, stage=st.just(Stage.UDP), host=names, ports=ranges, private=rarely, quic=st.just("sni")
+)
 by_address = st.builds(
     TransportRule,
     **common,
@@ -448,6 +458,7 @@ def workloads(draw: st.DrawFn, lists: bool, tls: st.SearchStrategy[Tls], name: s
         host_rules(tls, lists),
         host_rules(tls, lists),
         by_name,
+        by_sni,
         by_address,
         ntp_rules,
         dns_rules,

@@ -20,21 +20,26 @@ TODAY = date(2026, 11, 22)
 NOW = 1795305600.0  # the same day
 
 
+def read(path: Path) -> Policy:
+    return read_policy([str(path)], tags=[str(path.parent / "ServiceTags_Public.json")])
+
+
 def example(name: str) -> Policy:
-    return read_policy([str(path) for path in EXAMPLES if path.stem == name])
+    [path] = [path for path in EXAMPLES if path.stem == name]
+    return read(path)
 
 
 def reason(policy: Policy, workload: str, words: str) -> Reason:
     return answer(ladder(policy, parse_words(workload, words, NOW))).reason
 
 
-def test_the_three_promised_examples_are_there() -> None:
-    assert [path.stem for path in EXAMPLES] == ["ci-build", "coding-agent", "weather"]
+def test_the_promised_examples_are_there() -> None:
+    assert [path.stem for path in EXAMPLES] == ["aks", "ci-build", "coding-agent", "weather"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_the_tests_of_an_example_pass(path: Path) -> None:
-    results = run(read_policy([str(path)]), NOW)
+    results = run(read(path), NOW)
 
     assert [result for result in results if not result.is_pass] == []
     assert {result.test.expect for result in results} == set(Action)
@@ -42,14 +47,14 @@ def test_the_tests_of_an_example_pass(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_check_finds_nothing_in_an_example(path: Path) -> None:
-    policy = read_policy([str(path)])
+    policy = read(path)
 
     assert lint(policy, run(policy, NOW), shared_suffix=shared_suffix, today=TODAY) == ()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_rule_an_example_writes_has_a_name(path: Path) -> None:
-    policy = read_policy([str(path)])
+    policy = read(path)
     rules = [rule for workload in policy.workloads.values() for rule in workload.rules] + list(policy.guard)
 
     assert [str(rule) for rule in rules if rule.place.file == str(path) and not rule.name] == []
@@ -73,6 +78,26 @@ def test_every_rule_an_example_writes_has_a_name(path: Path) -> None:
 )
 def test_the_weather_example_answers_for_the_stated_reason(words: str, expected: Reason) -> None:
     assert reason(example("weather"), "weather", words) is expected
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("udp://20.44.17.9:1194", Reason.RULE),
+        ("udp://20.44.17.9:53", Reason.PORT),
+        ("udp://198.51.100.7:1194", Reason.NO_RULE),
+        ("tcp://20.60.132.4:443", Reason.PORT),
+        ("tls://eusmanaged17.blob.core.windows.net", Reason.RULE),
+        ("tls://attacker.blob.core.windows.net", Reason.NO_RULE),
+        ("tls://x.hcp.westeurope.azmk8s.io", Reason.NO_RULE),
+        ("GET http://security.ubuntu.com/x", Reason.RULE),
+        ("tls://security.ubuntu.com", Reason.PORT),
+        ("tls://attacker.vault.azure.net", Reason.NO_RULE),
+        ("tcp://168.63.129.16:80", Reason.NEVER_REACHED),
+    ],
+)
+def test_the_nodes_of_a_cluster_reach_what_is_theirs_and_no_other_tenants(words: str, expected: Reason) -> None:
+    assert reason(example("aks"), "nodes", words) is expected
 
 
 @pytest.mark.parametrize(
