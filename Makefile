@@ -5,7 +5,7 @@ VENV  := .venv
 # The newest Python >= 3.12 that really runs (a pyenv shim answers 127): PATH first, then pyenv's versions, then uv's.
 PYTHON := $(shell scripts/find-python)
 
-.PHONY: setup demo test check bench soak format clean
+.PHONY: setup demo test check bench soak fuzz format clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -48,6 +48,9 @@ bench: setup ## ratios against a peer measured in the same run
 
 soak: setup ## a million short connections, a thousand idle ones, ever new names: is memory flat? (N=1000000)
 	$(VENV)/bin/python -m scripts.soak $(N)
+
+fuzz: setup ## the lane's grammar against h11 and llhttp: heads and bodies nobody wrote (N=1000000)
+	@$(VENV)/bin/python -m tests.fuzz $(N)
 
 .PHONY: system
 system: setup ## install the system programs that tests use when root, else name them

@@ -27,7 +27,7 @@ from proxy.wire.rows import SHAPE, Later, read_row, write_row
 KNOWN = 4096  # answers kept ready, absent keys among them: names that nobody asks for again must not grow our memory
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
-_MAGIC = b"outgate policy 1" + SHAPE
+_MAGIC = b"outgate policy 2" + SHAPE
 # where the head's row is, the rows' offsets, the tables, the slots; their count
 _HEAD = struct.Struct(f"={len(_MAGIC)}s5Q")
 _OFFSET = struct.Struct("=Q")  # of a row
@@ -121,6 +121,7 @@ class _Writer:
                 "index": self._table(_TEXTS, policy.index, lambda one: write_row(self._workload(one))),
                 "sources": self._prefix_map(policy.sources, lambda names: write_row(tuple(names))),
                 "users": self._table(_TEXTS, policy.users, _TEXTS.spell),
+                "pods": self._table(_TEXTS, policy.pods, write_row),
             }
         )
         rows = self._put(self._rows.tobytes())
@@ -164,6 +165,7 @@ class _Writer:
             "prefixes": self._prefix_map(table.prefixes, refer),
             "ports": table.ports,
             "prefix_ports": table.prefix_ports,
+            "quic_ports": table.quic_ports,
         }
 
     def _prefix_map[V](self, prefixes: PrefixMap[V], spell: Callable[[list[V]], bytes]) -> dict[str, object]:
@@ -250,6 +252,7 @@ class _Reader:
             guard_table=self._host_table(head["guard_table"]),
             sources=self._prefix_map(head["sources"], lambda row: list(read_row(row))),
             users=_Table(self, head["users"], _TEXTS, _TEXTS.read),
+            pods=_Table(self, head["pods"], _TEXTS, read_row),
             generation=head["generation"],
         )
 
@@ -285,6 +288,7 @@ class _Reader:
             prefixes=self._prefix_map(row["prefixes"], read),
             ports=row["ports"],
             prefix_ports=row["prefix_ports"],
+            quic_ports=row["quic_ports"],
         )
 
     def _prefix_map[V](self, row: dict[str, Any], read: Callable[[bytes], list[V]]) -> PrefixMap[V]:

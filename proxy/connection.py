@@ -6,7 +6,7 @@ It takes no byte of what it lets pass: the hello is peeked and stays in the kern
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from ipaddress import IPv4Address
 
@@ -14,10 +14,11 @@ from addons.answers import answer
 from addons.judge import BAD_GATEWAY, FORBIDDEN, UNAVAILABLE, Judgement
 from policies.engine import Expect
 from policies.hostnames import Hostname, MalformedName, parse_hostname
-from policies.model import UNKNOWN, Action, Address, Attempt, Reason, Stage, Tls, Verdict
+from policies.model import UNKNOWN, Action, Address, AnyRule, Attempt, Reason, Stage, Tls, Verdict
+from policies.model import Dial as DialTo
 from proxy.flow import Flow
 from proxy.guest import Gate
-from proxy.inspector.handover import Handover
+from proxy.inspector.handover import Handover, gives_http2
 from proxy.original_dst import Destination, local_dst, parse_address
 from proxy.peeking import Peeking
 from proxy.record import Peer, Record, new_id, record_of
@@ -67,8 +68,8 @@ class Tunnel:
 class Connection(Peeking):
     """Owns its socket until it is over: closed or given away. Writes one decision record, unless the inspector does."""
 
-    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_generation", "_opened", "_tunnel", "_yields",
-                 "destination", "source", "workload")  # fmt: skip
+    __slots__ = ("_attempt", "_expect", "_first", "_flow", "_generation", "_offers", "_opened", "_tunnel", "_why",
+                 "_yields", "destination", "source", "workload")  # fmt: skip
 
     def __init__(self, gate: Gate, sock: socket.socket, peer: Peer, tunnel: Tunnel | None = None) -> None:
         super().__init__(gate, sock, peer, gate.limits.max_hello)
@@ -81,8 +82,10 @@ class Connection(Peeking):
         self._attempt: Attempt | None = None
         self._expect = Expect.PEEK
         self._first: First | None = None
+        self._offers: tuple[bytes, ...] = ()  # ALPN
         self._yields = False  # it was silent, so its server may speak first
         self._flow: Flow | None = None
+        self._why = ""  # it is denied although a rule admits it
 
     # --- the first bytes ---
 
@@ -123,7 +126,10 @@ class Connection(Peeking):
     def _find_workload(self) -> None:
         """By the policy that judges now."""
         self._generation = self._gate.generation()
-        self.workload = self._gate.identify(parse_address(self.peer[0]), self._tunnel.user if self._tunnel else None)
+        self.workload = self._who()
+
+    def _who(self) -> str:
+        return self._gate.identify(parse_address(self.peer[0]), self._tunnel.user if self._tunnel else None)
 
     def _read(self, data: bytes, events: int) -> None:
         if self._first is None:
@@ -177,6 +183,7 @@ class Connection(Peeking):
                 host = parse_hostname(hello.sni)
             except MalformedName:
                 fault = Reason.MALFORMED_NAME
+        self._offers = hello.alpn
         self._judge(Stage.TLS, host=host, ech=hello.ech, fault=fault)
 
     def _judge_plain(self) -> None:
@@ -203,7 +210,8 @@ class Connection(Peeking):
         """Ask for the verdict and carry it out. Nothing has been looked up or dialled before."""
         gate = self._gate
         address, port = self.destination
-        if self._generation != gate.generation():  # who it was under the former policy gives no rights under this one
+        # Who it was under the former policy, or before the cluster told more, gives no rights now.
+        if self._generation != gate.generation() or self._who() != self.workload:
             self._find_workload()
             self._expect = gate.expect(self.workload, port)
         names: tuple[Hostname, ...] = ()
@@ -227,13 +235,22 @@ class Connection(Peeking):
             fault=fault,
         )
         self._want(1)
-        verdict = gate.decide(attempt)
+        verdict = self._within_budget(attempt, gate.decide(attempt))
         if not verdict.is_allow:
             self._deny(verdict)
         elif verdict.tls is Tls.INSPECT:
-            self._hand_over(host, plain=False)
+            self._hand_over(host, plain=False, rule=verdict.rule)
         else:
             self._pass(attempt, verdict)
+
+    def _within_budget(self, attempt: Attempt, verdict: Verdict) -> Verdict:
+        """The verdict, or a denial: the name of an allowed connection is looked up, and each of many new ones could
+        carry something to whoever serves the names below a wildcard."""
+        name = verdict.host or attempt.host
+        if not verdict.is_allow or name is None or verdict.dial is DialTo.ORIGINAL:
+            return verdict
+        self._why = self._gate.exceeded(attempt.workload, verdict, name) or ""
+        return replace(verdict, action=Action.DENY, reason=Reason.LOOKUP_BUDGET, tls=None) if self._why else verdict
 
     def _deny(self, verdict: Verdict) -> None:
         """Record it, tell the client in its own protocol, close."""
@@ -255,7 +272,7 @@ class Connection(Peeking):
 
     # --- what is allowed ---
 
-    def _hand_over(self, host: Hostname | None, *, plain: bool) -> None:
+    def _hand_over(self, host: Hostname | None, *, plain: bool, rule: AnyRule | None = None) -> None:
         """Give the socket to the inspector, which judges every request and writes the records."""
         gate = self._gate
         address, port = self.destination
@@ -272,6 +289,7 @@ class Connection(Peeking):
             destination=None if self._tunnel and self._tunnel.authority else (str(address), port),
             opened=self._opened,
             user=self._tunnel.user if self._tunnel else None,
+            http2=gives_http2(getattr(rule, "http2", None), self._offers),
         )
         gate.epoll.unwatch(self)
         gate.epoll.remove(self.fd)
@@ -327,8 +345,8 @@ class Connection(Peeking):
             extra["upstream.address"], extra["upstream.port"] = str(flow.upstream[0]), flow.upstream[1]
         if how is not End.CLOSED:
             extra["flow.end"] = how.value
-        if self._flow is not None and self._flow.note:
-            extra["error.message"] = self._flow.note
+        if note := self._why or (self._flow.note if self._flow else ""):
+            extra["error.message"] = note
         self._gate.record(
             record_of(
                 self._attempt or Attempt(verdict.stage, self.workload, port=port, address=address),

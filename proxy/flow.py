@@ -1,52 +1,20 @@
-"""An allowed connection on its way out: find the addresses, have each admitted, dial, relay. It judges nothing."""
+"""An allowed connection on its way out: a socket to the upstream, then the relay. It judges and looks up nothing."""
 
 from __future__ import annotations
 
-import asyncio
 import socket
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from math import inf
-from typing import Protocol
 
-from addons.judge import Unreachable
 from policies.hostnames import Hostname
 from policies.model import Action, Address, Reason, Verdict
-from policies.model import Dial as DialTo
-from proxy.dialer import Dial, TunnelDial, interleave
-from proxy.epoll import IN, RDHUP, Epoll
-from proxy.limits import Limits
+from proxy.epoll import IN, RDHUP
 from proxy.original_dst import Destination
-from proxy.relays.stream import End, Pipes, StreamRelay
-from proxy.resolver import NameNotFound, Resolution, ResolverFailed
-from proxy.upstream_proxy import SiteProxy, Way
-
-
-class Resolver(Protocol):
-    """What of `proxy.resolver.Resolver` is used here."""
-
-    def cached(self, name: Hostname) -> Resolution | None: ...
-
-    async def resolve(self, name: Hostname) -> Resolution: ...
-
-
-class Admit(Protocol):
-    def __call__(self, verdict: Verdict, address: Address, *, from_hosts: bool = ...) -> Verdict: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Exit:
-    """What flows share on their way out. `Listener` says what each is."""
-
-    epoll: Epoll
-    pipes: Pipes
-    limits: Limits
-    admit: Admit
-    resolver: Resolver
-    site: SiteProxy | None = None
-    is_own: Callable[[Address, int], bool] | None = None
-    dialled: Callable[[float, Reason | None], None] | None = None
+from proxy.relays.stream import End, StreamRelay
+from proxy.way_out import Admit as Admit  # of those who start flows: re-exported
+from proxy.way_out import Exit as Exit
+from proxy.way_out import Resolver as Resolver
+from proxy.way_out import WayOut
 
 
 class Flow:
@@ -59,8 +27,8 @@ class Flow:
             it was
     """
 
-    __slots__ = ("_begun", "_client", "_denied", "_destination", "_dial", "_ended", "_exit", "_failed", "_lookup",
-                 "_relay", "_spoke", "_verdict", "_waiting", "deadline", "note", "upstream")  # fmt: skip
+    __slots__ = ("_client", "_denied", "_ended", "_exit", "_failed", "_relay", "_spoke", "_verdict", "_waiting",
+                 "_way", "deadline", "note")  # fmt: skip
 
     def __init__(
         self,
@@ -76,7 +44,6 @@ class Flow:
     ) -> None:
         self._exit = exit
         self._client = client
-        self._destination = destination
         self._verdict = verdict
         self._denied = denied
         self._ended = ended
@@ -84,12 +51,14 @@ class Flow:
         self._spoke = spoke
         self._waiting: socket.socket | None = None  # connected, and nobody has spoken yet
         self.deadline = inf
-        self._begun = 0.0  # when it was dialled
-        self._lookup: asyncio.Task[None] | None = None
-        self._dial: Dial | TunnelDial | None = None
+        self._way = WayOut(exit, destination, verdict, connected=self._connected, denied=self._refused, failed=failed)
         self._relay: StreamRelay | None = None
-        self.upstream: Destination = destination
         self.note = ""
+
+    @property
+    def upstream(self) -> Destination:
+        """The address and port that were dialled; before that, those asked for."""
+        return self._way.upstream
 
     @property
     def sent(self) -> int:
@@ -104,140 +73,22 @@ class Flow:
     def start(self, name: Hostname | None) -> None:
         """Dial the original address where the rule is about addresses, else one of `name`'s, or have the site's proxy
         dial either."""
-        exit = self._exit
-        if self._verdict.dial is DialTo.ORIGINAL:
-            self._connect(Resolution((self._destination[0],), inf))
-        elif name is None:  # no verdict says so; if one ever does, stay closed
-            self._deny(Reason.GATE_FAILED)
-        elif exit.site is not None and exit.site.carries(name):
-            self._go_through(exit.site, name)
-        elif resolution := exit.resolver.cached(name):
-            self._connect(resolution)
-        else:
-            self._look_up(exit.resolver.resolve(name), self._connect)
+        self._way.start(name)
 
     def cancel(self) -> None:
         """End it now: what is relayed is reset (`ended` follows), what is not there yet is given up without a word."""
         if self._relay is not None:
             self._relay.end(End.RESET)
-        if self._dial is not None:
-            self._dial.cancel()
+        self._way.cancel()
         self._drop_waiting()
-        if self._lookup is not None:
-            self._lookup.cancel()
-
-    def _look_up[Found](self, found: Coroutine[None, None, Found], then: Callable[[Found], None]) -> None:
-        self._lookup = asyncio.get_running_loop().create_task(self._wait_for(found, then))
-
-    async def _wait_for[Found](self, found: Coroutine[None, None, Found], then: Callable[[Found], None]) -> None:
-        try:
-            try:
-                async with asyncio.timeout(self._exit.limits.resolve_s):
-                    what = await found
-            except NameNotFound:
-                self._deny(Reason.NAME_NOT_FOUND)
-            except (ResolverFailed, TimeoutError):
-                self._deny(Reason.RESOLVER_FAILED)
-            except Unreachable as failure:
-                self._deny(failure.reason, failure.note)
-            else:
-                self._lookup = None
-                then(what)
-        except Exception as error:
-            self._exit.epoll.contain(self._failed, error)
-
-    def _connect(self, resolution: Resolution) -> None:
-        exit, limits = self._exit, self._exit.limits
-        port = resolution.port or self._destination[1]
-        admitted: list[Address] = []
-        denied: Verdict | None = None
-        for address in interleave(resolution.addresses):
-            judged = exit.admit(self._verdict, address, from_hosts=resolution.from_hosts)
-            if not judged.is_allow:
-                denied = denied or judged
-                continue
-            if exit.is_own is not None and exit.is_own(address, port):
-                denied = denied or self._denial(Reason.NEVER_REACHED)
-                continue
-            admitted.append(address)
-            if len(admitted) == limits.max_addresses:
-                break
-        if not admitted:
-            self._denied(denied or self._denial(Reason.NAME_NOT_FOUND))
-        elif exit.site is not None and self._verdict.dial is DialTo.ORIGINAL and exit.site.carries(admitted[0]):
-            self._go_through(exit.site, admitted[0])
-        else:
-            self._dial_one_of(admitted, port)
-
-    def _dial_one_of(self, addresses: Sequence[Address], port: int) -> None:
-        exit = self._exit
-        self.upstream = addresses[0], port
-        self._begun = exit.epoll.now if exit.dialled else 0.0
-        self._dial = Dial(
-            exit.epoll,
-            addresses,
-            port,
-            exit.limits,
-            connected=self._connected,
-            unreachable=self._unreachable,
-            crashed=self._failed,
-        )
-
-    # --- through the site's proxy ---
-
-    def _go_through(self, site: SiteProxy, target: Hostname | Address) -> None:
-        """Have the site's proxy dial `target`. Nothing is dialled past it when it fails."""
-        try:
-            way = site.known()
-        except Unreachable as failure:
-            self._deny(failure.reason, failure.note)
-            return
-        if way is not None:
-            self._ask_for(target, site, way)
-        else:
-            self._look_up(site.find(), partial(self._ask_for, target, site))
-
-    def _ask_for(self, target: Hostname | Address, site: SiteProxy, way: Way) -> None:
-        exit, (addresses, port) = self._exit, way
-        try:
-            request = site.request(target, self._destination[1])
-        except Unreachable as failure:
-            self._deny(failure.reason, failure.note)
-            return
-        self.upstream = addresses[0], port
-        self._begun = exit.epoll.now if exit.dialled else 0.0
-        self._dial = TunnelDial(
-            exit.epoll,
-            addresses,
-            port,
-            exit.limits,
-            request,
-            connected=self._connected,
-            unreachable=self._unreachable,
-            crashed=self._failed,
-        )
 
     # --- the outcome ---
 
-    def _unreachable(self, reason: Reason, note: str = "") -> None:
-        if self._exit.dialled:
-            self._exit.dialled(self._exit.epoll.now - self._begun, reason)
-        self._deny(reason, note)
-
-    def _deny(self, reason: Reason, note: str = "") -> None:
-        """A rule admits it, and it cannot be carried."""
+    def _refused(self, verdict: Verdict, note: str) -> None:
         self.note = note
-        self._denied(self._denial(reason))
+        self._denied(verdict)
 
-    def _denial(self, reason: Reason) -> Verdict:
-        verdict = self._verdict
-        return Verdict(Action.DENY, reason, verdict.stage, verdict.rule, host=verdict.host)
-
-    def _connected(self, upstream: socket.socket, address: Address) -> None:
-        self._dial = None
-        self.upstream = address, self.upstream[1]
-        if self._exit.dialled:
-            self._exit.dialled(self._exit.epoll.now - self._begun, None)
+    def _connected(self, upstream: socket.socket, _address: Address) -> None:
         self._client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._spoke is None:
             self._carry(upstream)
@@ -262,7 +113,8 @@ class Flow:
 
     def expired(self) -> None:
         self._drop_waiting()
-        self._deny(Reason.HELLO_TIMEOUT)
+        verdict = self._verdict
+        self._denied(Verdict(Action.DENY, Reason.HELLO_TIMEOUT, verdict.stage, verdict.rule, host=verdict.host))
 
     def failed(self, error: Exception) -> None:
         """A callback crashed."""

@@ -56,6 +56,7 @@ class Gate:
     carries_plain: Callable[[str, int], bool]
     decide: Callable[[Attempt], Verdict]
     names_of: Callable[[str, Address], tuple[Hostname, ...]]
+    exceeded: Callable[[str, Verdict, Hostname], str | None]
     inspect: Callable[[socket.socket, Handover], None] | None
     record: Sink
     clock: Callable[[], float]

@@ -22,4 +22,7 @@ class Limits:
     max_linger: int = 64 * 1024  # bytes of a denied client thrown away, so that no reset overtakes its alert
     max_connections: int = 8192  # descriptors: a flow takes two, up to six while its bytes wait in pipes
     max_per_source: int = 4096  # one workload must not shut out the others
+    udp_idle_s: float = 30.0  # a session of datagrams never says goodbye
+    udp_sessions: int = 4096  # a descriptor each, and one more for each destination that answers
+    udp_per_source: int = 1024  # one client's source ports must not shut out the others
     max_addresses: int = 6  # connections tried for one flow; an answer with 200 addresses must not open 200

@@ -36,6 +36,7 @@ class Listener:
     decide         the verdict; asked before anything is looked up
     admit          the verdict on an address that is about to be dialled
     names_of       the names whose current lookup by this workload gave this address (opaque bytes name nobody)
+    exceeded       why a workload may not have an allowed name looked up, where it has asked for too many new ones
     resolver       names to addresses
     inspect        takes over the socket of a connection that is to be inspected; None: such a connection is denied
     record         takes the decision records: a denial at once, an allowed flow when it is over
@@ -61,6 +62,7 @@ class Listener:
         inspect: Callable[[socket.socket, Handover], None] | None,
         record: Sink,
         clock: Callable[[], float],
+        exceeded: Callable[[str, Verdict, Hostname], str | None] = lambda workload, verdict, name: None,
         generation: Callable[[], str] = lambda: "",
         limits: Limits | None = None,
         site: SiteProxy | None = None,
@@ -80,6 +82,7 @@ class Listener:
             carries_plain=carries_plain,
             decide=decide,
             names_of=names_of,
+            exceeded=exceeded,
             inspect=inspect,
             record=record,
             clock=clock,
@@ -112,6 +115,11 @@ class Listener:
         if self._reserve is not None:
             os.close(self._reserve)
             self._reserve = None
+
+    @property
+    def exit(self) -> Exit:
+        """The way out of everything that is carried here."""
+        return self._gate.exit
 
     @property
     def open_connections(self) -> int:

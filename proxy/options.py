@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from policies.model import HostRule, Tls
+from policies.model import HostRule, Stage, Tls
+from proxy.config import HttpHost
 
 if TYPE_CHECKING:  # `run` forks before anything that is not needed until then is loaded
     from pki.authority import Authority
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # `run` forks before anything that is not needed until then i
     from policies.index import Policy
     from proxy.issuing import Issuers
     from proxy.log.decision_log import DecisionLog
+    from proxy.relays.dns_budget import NewNames
     from proxy.runtime import Settings
 
 
@@ -46,6 +48,8 @@ class GateOptions:
     upstream_ca: str | None
     pki: str | None
     log: str | None
+    dns_new_names: int | None = None
+    http_host: str = HttpHost.AUTO.value
 
 
 def read_gate_policy(options: GateOptions) -> Policy:
@@ -80,21 +84,30 @@ def decision_log(target: str | None) -> DecisionLog:
         raise Unready(f"--log {target}: {error.strerror or error}") from error
 
 
-def require_served(policy: Policy, workload: str | None) -> None:
+def require_served(policy: Policy, workload: str | None, *, carried: Collection[Stage] = ()) -> None:
     """Says which rules of the workload (of all: None) stay closed. Raises Unready for keys that are not served."""
     from proxy.served import closed_rules, refused_keys
 
     if refused := refused_keys(policy, workload):
         raise Unready(_lines(refused))
-    for problem in closed_rules(policy, workload):
+    for problem in closed_rules(policy, workload, carried=carried):
         say(str(problem))
 
 
 def inspected_rule(policy: Policy, workload: str | None) -> HostRule | None:
     """A rule of the workload (of any, where None) whose TLS is ended here, if there is one."""
+    return next(_inspected_rules(policy, workload), None)
+
+
+def gives_http2(policy: Policy, workload: str | None) -> bool:
+    """Whether one of them gives HTTP/2 to whoever offers it."""
+    return any(rule.http2 for rule in _inspected_rules(policy, workload))
+
+
+def _inspected_rules(policy: Policy, workload: str | None) -> Iterator[HostRule]:
     asked = policy.workloads.values() if workload is None else [policy.workloads[workload]]
     rules = (rule for one in asked for rule in one.rules)
-    return next((rule for rule in rules if isinstance(rule, HostRule) and rule.tls is Tls.INSPECT), None)
+    return (rule for rule in rules if isinstance(rule, HostRule) and rule.tls is Tls.INSPECT)
 
 
 def settings_of(options: GateOptions, issuing: Callable[[], str]) -> Settings:
@@ -111,7 +124,16 @@ def settings_of(options: GateOptions, issuing: Callable[[], str]) -> Settings:
         issuing=issuing,
         hosts=hosts,
         upstream_ca=checked_upstream_ca(options.upstream_ca),
+        new_names=new_names(options.dns_new_names),
+        http_host=HttpHost(options.http_host),
     )
+
+
+def new_names(per_hour: int | None) -> NewNames:
+    """The budget of names below wildcards where only its hourly part was said: half of it may be asked for at once."""
+    from proxy.relays.dns_budget import NewNames
+
+    return NewNames() if per_hour is None else NewNames(per_hour=per_hour, burst=max(1, per_hour // 2))
 
 
 def checked_upstream_ca(path: str | None) -> str | None:

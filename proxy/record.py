@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -26,6 +27,17 @@ _QUERY_KEY = os.urandom(32)
 def new_id() -> str:
     """Sixteen hex digits: what the client sees in `Outgate-Decision`, problem+json and EDE, and the log in `id`."""
     return os.urandom(8).hex()
+
+
+def stamp(seconds: float) -> str:
+    """`time` in a record: `2026-01-31T23:59:59.999Z`."""
+    second = int(seconds)
+    return f"{_to_the_second(second)}.{int((seconds - second) * 1000):03}Z"
+
+
+@lru_cache(maxsize=16)
+def _to_the_second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat()
 
 
 def record_of(
@@ -45,7 +57,7 @@ def record_of(
     """The record of `verdict` on `attempt`. `started` is POSIX seconds; bytes are counted as the workload sees them."""
     now = time.time()
     record: Record = {
-        "time": datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "time": stamp(now),
         "id": id,
         "workload": attempt.workload,
         "stage": attempt.stage.value,
@@ -83,10 +95,29 @@ def record_of(
     if bytes_received is not None:
         record["bytes.received"] = bytes_received
     if started is not None:
-        record["duration_ms"] = max(0.0, round((now - started) * 1000, 1))  # the clock may have been set back
+        record["duration_ms"] = _since(started, now)
     if extra:
         record.update(extra)
     return record
+
+
+def repeat_record(
+    record: Mapping[str, object], *, id: str, source: Peer, started: float, bytes_sent: int, bytes_received: int
+) -> Record:
+    """Another record like that of `record_of`, of the same verdict on the same attempt, which ended the same way."""
+    now = time.time()
+    again = dict(record)
+    again["time"] = stamp(now)
+    again["id"] = id
+    again["source.address"], again["source.port"] = source
+    again["bytes.sent"] = bytes_sent
+    again["bytes.received"] = bytes_received
+    again["duration_ms"] = _since(started, now)
+    return again
+
+
+def _since(started: float, now: float) -> float:
+    return max(0.0, round((now - started) * 1000, 1))  # the clock may have been set back
 
 
 def show_peer(peer: Peer) -> str:

@@ -9,17 +9,20 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policies.index import Policy
+from policies.model import PortRange
 from proxy import own_code
+from proxy.config import HttpHost
 from proxy.issuing import Issuers, describe, left_out, reminder
 from proxy.options import (
     GateOptions,
     Unready,
     decision_log,
+    gives_http2,
     inspected_rule,
     load_authority,
     load_issuers,
@@ -29,6 +32,7 @@ from proxy.options import (
     say,
     settings_of,
 )
+from proxy.served import IN_SANDBOX
 from proxy.service.watch import Watch
 
 if TYPE_CHECKING:  # nothing that starts a thread or an event loop may be loaded before the fork
@@ -64,7 +68,7 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
     policy = read_gate_policy(options)
     options = _with_workload(options, policy)
     assert options.workload is not None
-    require_served(policy, options.workload)
+    require_served(policy, options.workload, carried=() if proxy_env else IN_SANDBOX)
     # Followed by its real path: a link to it is the command's to change.
     directory = os.path.realpath(options.pki) if options.pki else None
     store = Watch((), directory)  # from before it is read: what comes later is news
@@ -108,13 +112,20 @@ async def _serve(policy: Policy, settings: Settings, sandbox: Sandbox, log: str 
         renewing = asyncio.create_task(renewals.carry_out(gate))
         try:
             gate.enter(sandbox)
-            if inspected_rule(policy, settings.workload):
+            if needs_inspector(policy, settings):
                 gate.start_inspector()  # beside the command's own start, or its first request would wait for it
             sandbox.release()
             return await sandbox.wait()
         finally:
             renewing.cancel()
             await gate.close()
+
+
+def needs_inspector(policy: Policy, settings: Settings) -> bool:
+    """Whether something that the command may ask for takes mitmproxy's process."""
+    workload = settings.workload
+    is_forced = settings.http_host is HttpHost.MITMPROXY
+    return gives_http2(policy, workload) or (is_forced and inspected_rule(policy, workload) is not None)
 
 
 class Renewals:
@@ -242,9 +253,17 @@ def _joined(paths: Sequence[str]) -> str:
 
 
 def _ports(policy: Policy, workload: str) -> Ports:
-    """The TCP ports that the workload's rules name."""
+    """The ports that the workload's rules name."""
+    from proxy.hosts import DNS_PORT
     from proxy.sandbox import Ports
+    from proxy.wire.ntp import PORT as NTP_PORT
 
     index = policy.index[workload]
-    ranges = index.host_ports | index.tcp.ports
-    return Ports(tcp=frozenset(port for ports in ranges for port in range(ports.first, ports.last + 1)))
+    return Ports(
+        tcp=_numbers(index.host_ports | index.tcp.ports),
+        udp=_numbers(index.udp.ports) - {DNS_PORT, NTP_PORT} | ({NTP_PORT} if index.ntp else set()),
+    )
+
+
+def _numbers(ranges: Iterable[PortRange]) -> frozenset[int]:
+    return frozenset(port for ports in ranges for port in range(ports.first, ports.last + 1))

@@ -19,17 +19,23 @@ from proxy.compiled import NotCompiled, duplicate, read_policy, write_policy
 from proxy.epoll import Epoll
 from proxy.explicit.entrance import Entrance
 from proxy.hosts import DNS_PORT, HostsEntry, Nameserver, read_hosts_file, system_nameservers, system_search
+from proxy.identity import Change, Pods
+from proxy.inspecting import HttpHost, Inspecting
 from proxy.inspector import Bounds, Configuration, Inspector
+from proxy.kept_open import KeptOpen
+from proxy.lane import Lane
 from proxy.limits import Limits
 from proxy.listener import Listener
 from proxy.lookups import Lookups
 from proxy.metrics.meter import Counts, Totals
+from proxy.openings import Openings
 from proxy.original_dst import OriginalDst
 from proxy.own_doors import OwnDoors
 from proxy.policy_in_force import PolicyInForce
 from proxy.record import Peer, Record, Sink, new_id, record_of
-from proxy.relays.dns import DnsRelay
-from proxy.relays.dns_budget import NewNames
+from proxy.relays.dns import DnsLimits, DnsRelay
+from proxy.relays.dns_budget import Budget, NewNames
+from proxy.relays.dnstap import Observer
 from proxy.resolver import Resolver
 from proxy.sandbox import ClosedPorts, Sandbox
 from proxy.upstream_proxy import SiteProxy
@@ -37,9 +43,11 @@ from proxy.upstream_proxy import SiteProxy
 if TYPE_CHECKING:
     from proxy.config import UpstreamProxy
     from proxy.explicit.verifier import Verifier
+    from proxy.opener.link import Link
+    from proxy.relays.ntp.on_demand import TimeOnDemand
+    from proxy.relays.udp import UdpRelay
 
 NTP_PORT = 123
-DNS_PAUSE_S = 1.0
 SETTLE_S = 0.25
 LOOK_S = 0.005
 SETTLE_TURNS = 4  # of the loop: epoll reports, a door accepts, a hello is peeked
@@ -57,6 +65,10 @@ class Settings:
     forward      zones with name servers of their own
     search       domains that workloads append to names; None: the system's
     new_names    what each workload may look up below each wildcard
+    dns_limits   what one source may ask
+    lookups      what workloads were told, where other processes tell them too; None: the gate's own
+    pods         of the cluster that is watched; None: none is
+    opener       who lets past the gate what a lookup opens; None: nothing is
     own_doors    addresses and ports that the gate and its supervisor listen on, which nothing may be sent to
 
     With `upstream_proxy` nothing is dialled past the site's proxy, but what the operator names.
@@ -71,10 +83,15 @@ class Settings:
     forward: Mapping[Hostname, Sequence[Nameserver]] = field(default_factory=dict)
     search: Sequence[Hostname] | None = None
     new_names: NewNames = field(default_factory=NewNames)
+    dns_limits: DnsLimits = field(default_factory=DnsLimits)
+    lookups: Lookups | None = None
     upstream_proxy: UpstreamProxy | None = None
+    pods: Pods | None = None
+    opener: Link | None = None
     own_doors: Sequence[Peer] = ()
     limits: Limits = field(default_factory=Limits)
     bounds: Bounds = field(default_factory=Bounds)
+    http_host: HttpHost = HttpHost.AUTO
 
 
 class Gate:
@@ -96,10 +113,10 @@ class Gate:
     ) -> None:
         self._settings = settings
         self._issuing: str | None = None  # in place of those that the settings give
-        self._in_force = PolicyInForce(policy, settings.workload)
+        self._in_force = PolicyInForce(policy, settings.workload, settings.pods)
         self._compiled = settings.compiled
         self._record = record
-        self._lookups = Lookups()
+        self._lookups = settings.lookups or Lookups()
         nameservers = system_nameservers() if settings.nameservers is None else settings.nameservers
         system_hosts = read_hosts_file()
         counts = counts or Counts()
@@ -114,7 +131,9 @@ class Gate:
             self._duplicate,
             self._note,
             inner=inner,
+            pods=settings.pods,
         )
+        self._budget = Budget(settings.new_names, time.monotonic, is_ours=self._resolver.is_ours)
         self._epoll = Epoll(_report_crash)
         self._listener = Listener(
             self._epoll,
@@ -125,8 +144,9 @@ class Gate:
             decide=self._in_force.decide,
             admit=admit,
             names_of=self._lookups.names_of,
+            exceeded=self._budget.exceeded,
             resolver=self._resolver,
-            inspect=self._inspector.inspect,
+            inspect=lambda sock, handover: self._inspecting.inspect(sock, handover),
             record=self._note,
             clock=time.time,
             generation=lambda: self.generation,
@@ -135,6 +155,21 @@ class Gate:
             is_own=is_own,
             dialled=counts.dialled,
         )
+        lane = Lane(
+            self._in_force,
+            self._listener.exit,
+            issuing=lambda: self._issuing or settings.issuing(),
+            upstream_ca=settings.upstream_ca,
+            bounds=settings.bounds,
+            record=self._note,
+            failed=_report_crash,
+        )
+        self._inspecting = Inspecting(settings.http_host, lane, self._inspector)
+        self.openings = Openings(self._in_force, settings.opener, counts, site=site) if settings.opener else None
+        search = system_search() if settings.search is None else settings.search
+        self._observer = Observer(
+            self._in_force, self._lookups, self._note, counts, openings=self.openings, search=search
+        )
         self._dns = DnsRelay(
             self._in_force.decide,
             self._resolver,
@@ -142,11 +177,18 @@ class Gate:
             self._note,
             workload=self._in_force.identify,
             generation=lambda: self.generation,
-            new_names=settings.new_names,
-            search=system_search() if settings.search is None else settings.search,
+            standing=lambda: self._in_force.standing,
+            budget=self._budget,
+            limits=settings.dns_limits,
+            search=search,
+            openings=self.openings,
         )
+        self._kept = KeptOpen(_report_crash)
         self._tasks: list[asyncio.Task[None]] = []
         self._closed_ports: ClosedPorts | None = None
+        self._time: TimeOnDemand | None = None
+        self._udp: UdpRelay | None = None
+        self._site, self._is_own = site, is_own
 
     @property
     def generation(self) -> str:
@@ -170,29 +212,45 @@ class Gate:
         if former is not None:
             former.close()
         self._lookups.keep(policy.index)
-        self._dns.keep(policy.index)
-        await self._inspector.swap()
+        self._budget.keep(policy.index)
+        if self._udp:
+            self._udp.judge_anew()
+        await self._inspecting.swap()
 
     def sign_by(self, issuing: str) -> None:
         """Show leaves of these issuing CAs, given as `Settings.issuing` gives them, on connections that come from now
         on; those that are inspected already go on."""
         self._issuing = issuing
-        self._inspector.sign_by(issuing)
+        self._inspecting.sign_by(issuing)
+
+    def know(self, change: Change) -> None:
+        """The pods of the settings have changed so: the inspector is to know it, and UDP is judged anew."""
+        self._inspecting.know(change)
+        if self._udp:
+            self._udp.judge_anew()
+
+    async def review_sources(self) -> None:
+        """Close what the kernel holds open for an address that is somebody else's by now."""
+        if self.openings:
+            await self.openings.review()
 
     def close_for(self, reason: Reason | None) -> None:
         """Deny every attempt for `reason`, until it is None. Flows that were let through stay."""
         self._in_force.close_for(reason)
-        self._inspector.close_for(reason)
+        self._inspecting.close_for(reason)
 
     def stats(self) -> dict[str, float]:
         """Gauges by series, for a meter. The inspector is asked for its own, and tells them to `inner`."""
-        self._inspector.ask()
         return {
             "outgate_connections_accepted_total": self._listener.accepted,
             "outgate_connections_open": self._listener.open_connections,
+            **self._inspecting.stats(),
             "outgate_names_remembered": self._resolver.remembered,
             "outgate_dns_malformed_total": self._dns.malformed,
             "outgate_dns_search_noise_total": self._dns.search_noise,
+            "outgate_dns_dropped_total": self._dns.dropped,
+            "outgate_dnstap_senders": self._observer.senders,
+            **(self._udp.stats() if self._udp else {}),
         }
 
     def listen(self, sock: socket.socket) -> None:
@@ -210,47 +268,88 @@ class Gate:
 
     def answer_dns(self, sock: socket.socket) -> None:
         """Answer DNS questions to a bound UDP or a listening TCP socket, which is the gate's from now on."""
-        self._tasks.append(asyncio.create_task(self._keep_answering(sock)))
-
-    async def _keep_answering(self, sock: socket.socket) -> None:
-        """A fault of ours or of the kernel leaves questions unanswered for a moment, and none let through."""
         serve = self._dns.serve_udp if sock.type == socket.SOCK_DGRAM else self._dns.serve_tcp
-        with sock:
-            while True:
-                try:
-                    await serve(sock)
-                except Exception as error:
-                    _report_crash(error, "DNS")
-                    await asyncio.sleep(DNS_PAUSE_S)
+        self._tasks.append(asyncio.create_task(self._kept.keep(sock, serve, "DNS")))
+
+    def observe_dns(self, sock: socket.socket) -> None:
+        """Hear by dnstap what other name servers answer, on a listening unix socket, the gate's from now on."""
+        self._tasks.append(asyncio.create_task(self._kept.keep(sock, self._observer.serve, "dnstap")))
+
+    def give_time(self, sock: socket.socket) -> None:
+        """Answer the NTP queries to a bound UDP socket, which is the gate's from now on. All are one workload's."""
+        if self._time is None:
+            from proxy.relays.ntp.on_demand import TimeOnDemand  # here: only where a rule names a server
+
+            workload = self._settings.workload or UNKNOWN
+            self._time = TimeOnDemand(self._in_force, workload, self._resolver, self._note, is_own=self._is_own)
+        self._tasks.append(asyncio.create_task(self._kept.keep(sock, self._time.serve, "NTP")))
+
+    @property
+    def udp(self) -> UdpRelay:
+        """Carries datagrams; made when it is asked for, for not every gate has doors for them."""
+        if self._udp is None:
+            from proxy.relays.udp import UdpRelay
+
+            self._udp = UdpRelay(
+                self._epoll,
+                self._in_force,
+                self._resolver,
+                self._note,
+                names_of=self._lookups.names_of,
+                limits=self._settings.limits,
+                is_own=self._is_own,
+                crashed=lambda error: _report_crash(error, "UDP"),
+                site=self._site,
+            )
+        return self._udp
+
+    @property
+    def udp_failing(self) -> bool:
+        """A socket where datagrams come in cannot be read."""
+        return self._udp is not None and self._udp.is_failing
 
     def start_inspector(self) -> None:
         """Start its process before it is needed, so that the first inspected connection does not wait for it."""
-        self._inspector.start()
+        self._inspecting.start()
+
+    @property
+    def unanswered(self) -> str:
+        """What workloads ask and no socket of which can be served, with why; empty: all is."""
+        return self._kept.failing
 
     @property
     def inspector_failing(self) -> bool:
         """Its process keeps ending: what is to be inspected is refused."""
-        return self._inspector.is_failing
+        return self._inspecting.is_failing
 
     @property
     def inspector_silent(self) -> bool:
         """Its process does not answer: what is to be inspected waits."""
-        return self._inspector.is_silent
+        return self._inspecting.is_silent
 
     def enter(self, sandbox: Sandbox) -> None:
-        """Serve what a sandbox bound inside: DNS on port 53, else TCP; and hear of the ports nobody serves."""
+        """Serve what a sandbox bound inside: DNS on port 53, time on UDP/123, else as TCP or UDP; and hear of the ports
+        nobody serves."""
         for bound in sandbox.sockets:
-            if bound.port != DNS_PORT:
+            if bound.port == DNS_PORT:
+                self.answer_dns(bound.socket)
+            elif (bound.kind, bound.port) == ("udp", NTP_PORT):
+                self.give_time(bound.socket)
+            elif bound.kind == "udp":
+                self.udp.carry(bound.socket)
+            else:
                 self.listen(bound.socket)
-                continue
-            self.answer_dns(bound.socket)
-        self._closed_ports = ClosedPorts(sandbox.packets, self._note_closed_port, asyncio.get_running_loop())
+        answering = {bound.port for bound in sandbox.sockets if bound.kind == "udp"}
+        loop = asyncio.get_running_loop()
+        self._closed_ports = ClosedPorts(sandbox.packets, self._note_closed_port, loop, answering=answering)
+
+    def leave(self) -> None:
+        """Ask clients that are inspected to go elsewhere with their next request."""
+        self._inspecting.leave()
 
     async def close(self, grace_s: float = SETTLE_S) -> None:
-        """Accept nothing more, let what is open end within `grace_s`, end the rest. All records are written by then.
-
-        It may be called again while it waits, with less grace.
-        """
+        """Accept nothing more, let connections end within `grace_s`, end the rest. All records are written by then.
+        It may be called again while it waits, with less grace."""
         loop = asyncio.get_running_loop()
         end = loop.time() + grace_s
         for _ in range(SETTLE_TURNS):
@@ -260,27 +359,37 @@ class Gate:
         self._listener.stop()
         # A command may say its last words and end at once: they are in the kernel's queues, and are attempts too.
         await self._idle(min(end, loop.time() + SETTLE_S))
-        draining = asyncio.create_task(self._inspector.drain(max(0.0, end - loop.time())))
+        if self._udp:
+            self._udp.close()
+        for task in self._tasks:  # a successor may want their ports, too
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        draining = asyncio.create_task(self._inspecting.drain(max(0.0, end - loop.time())))
         try:
             await self._idle(end)
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
             self._listener.close()
-            self._epoll.close()
             await draining
+            self._epoll.close()
         finally:
             draining.cancel()
         await self._dns.close()
+        if self.openings:
+            self.openings.close()
+        if self._time:
+            await self._time.close()
         await self._resolver.close()
         if self._compiled is not None:
             self._compiled.close()
 
     async def _idle(self, end: float) -> None:
-        """Until the listener has no connection, or the loop's clock says `end`."""
+        """Until the listener has no connection and no datagram waits, or the loop's clock says `end`."""
         loop = asyncio.get_running_loop()
-        while self._listener.open_connections and loop.time() < end:  # noqa: ASYNC110 - a bounded look, once, at the end
+        while self._is_busy and loop.time() < end:  # noqa: ASYNC110 - a bounded look, once, at the end
             await asyncio.sleep(LOOK_S)
+
+    @property
+    def _is_busy(self) -> bool:
+        return self._listener.open_connections > 0 or (self._udp is not None and self._udp.is_waiting)
 
     def _duplicate(self) -> BinaryIO:
         """One more descriptor of the compiled policy."""
@@ -328,6 +437,7 @@ def _configuration(
         system_hosts=tuple((name, tuple(map(str, found))) for name, found in system_hosts.items()),
         nameservers=tuple(nameservers),
         upstream_proxy=(proxy.host, proxy.port, proxy.credentials, tuple(map(str, proxy.direct))) if proxy else None,
+        watches_pods=settings.pods is not None,
         own_doors=tuple(settings.own_doors),
         bounds=settings.bounds,
     )

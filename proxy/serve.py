@@ -71,11 +71,11 @@ async def _serve(config: Config, doors: Sequence[OpenDoor]) -> None:
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            for what, address in dict.fromkeys((door.kind.says, door.address) for door in doors):
-                say(f"serving {what} on {show_peer(address)}")
+            for what, where in dict.fromkeys((door.kind.says, door.shown) for door in doors):
+                say(f"serving {what} on {where}")
             if admin := supervisor.admin_address:
                 say(f"answering /readyz and /metrics on {show_peer(admin)}")
-            await supervisor.run(stop)
+            await supervisor.run(stop, hurry)
     finally:
         starting.cancel()
         stopping.cancel()

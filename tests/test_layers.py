@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "policies": {"policies"},
 }
 CORE = (
-    "policies/*.py", "proxy/wire/*.py", "proxy/layout.py", "proxy/ruleset.py",
+    "policies/*.py", "proxy/wire/*.py", "proxy/layout.py", "proxy/ruleset.py", "proxy/injection/*.py",
     "proxy/relays/ntp/sample.py", "proxy/relays/ntp/selection.py", "proxy/relays/ntp/estimate.py",
 )  # fmt: skip
 PURE_CRYPTO = (
@@ -29,7 +29,7 @@ IMPURE = {
 WIRING = {
     "proxy/runtime.py", "proxy/options.py", "proxy/run.py", "proxy/serve.py", "proxy/relay.py", "proxy/advisory.py",
     "proxy/config/reading.py", "proxy/service/supervisor.py", "proxy/service/reloading.py", "proxy/service/compiler.py",
-    "proxy/worker/host.py", "proxy/worker/main.py", "proxy/worker/wiring.py",
+    "proxy/worker/host.py", "proxy/worker/main.py", "proxy/worker/wiring.py", "proxy/webhook.py",
 }  # fmt: skip
 ENTRY = {"proxy/cli.py", "proxy/__main__.py"}
 LOADED_BY_MITMPROXY = {"addons/stock.py", "addons/outgate.py"}  # an entry of its own: it wires what it needs

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("pki.md", "azure-firewall.md")
+PAGES = ("pki.md", "azure-firewall.md", "aks.md")
 MARK = "::outgate-transcript::"
 VOLATILE = (  # longest first
     (re.compile(r"(?:[0-9A-F]{2}:){31}[0-9A-F]{2}"), "<fingerprint>"),

@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_network
 from typing import Any
 
 from policies.hostnames import Hostname
-from proxy.config import Config, GateMode, OnLogFailure, SocketAddress, UpstreamProxy
+from proxy.config import Config, GateMode, HttpHost, Kubernetes, OnLogFailure, OnStale, SocketAddress, UpstreamProxy
 from proxy.hosts import HostsEntry
 from proxy.limits import Limits
 
@@ -20,8 +20,10 @@ def to_document(config: Config) -> dict[str, object]:
     return document | {
         "proxy_protocol_from": [str(network) for network in config.proxy_protocol_from],
         "hosts": [[name, [str(a) for a in entry.addresses], entry.port] for name, entry in config.hosts.items()],
+        "udp_forward": [[*address, target] for address, target in config.udp_forward.items()],
         "dns_forward": [[zone, list(servers)] for zone, servers in config.dns_forward.items()],
         "upstream_proxy": proxy and [proxy.host, proxy.port, proxy.credentials, [str(one) for one in proxy.direct]],
+        "kubernetes": config.kubernetes and asdict(config.kubernetes),
         "limits": asdict(config.limits),
         "bounds": asdict(config.bounds),
     }
@@ -32,7 +34,7 @@ def from_document(document: Mapping[str, Any]) -> Config:
     from proxy.inspector.handover import Bounds  # here: the supervisor only writes
     from proxy.upstream_proxy import parse_direct
 
-    proxy = document["upstream_proxy"]
+    proxy, cluster = document["upstream_proxy"], document["kubernetes"]
     read = {
         "mode": GateMode(document["mode"]),
         "policy": tuple(document["policy"]),
@@ -40,6 +42,8 @@ def from_document(document: Mapping[str, Any]) -> Config:
         "listen": _addresses(document["listen"]),
         "proxy_listen": _addresses(document["proxy_listen"]),
         "dns_listen": _addresses(document["dns_listen"]),
+        "udp_listen": _addresses(document["udp_listen"]),
+        "udp_forward": {(host, port): target for host, port, target in document["udp_forward"]},
         "dns_search": None if (search := document["dns_search"]) is None else tuple(map(Hostname, search)),
         "dns_forward": {Hostname(zone): _addresses(servers) for zone, servers in document["dns_forward"]},
         "proxy_protocol_from": tuple(map(ip_network, document["proxy_protocol_from"])),
@@ -49,6 +53,8 @@ def from_document(document: Mapping[str, Any]) -> Config:
             for name, addresses, port in document["hosts"]
         },
         "upstream_proxy": proxy and UpstreamProxy(proxy[0], proxy[1], proxy[2], tuple(map(parse_direct, proxy[3]))),
+        "kubernetes": cluster and Kubernetes(**{**cluster, "on_stale": OnStale(cluster["on_stale"])}),
+        "http_host": HttpHost(document["http_host"]),
         "on_log_failure": OnLogFailure(document["on_log_failure"]),
         "admin": document["admin"] and tuple(document["admin"]),
         "limits": Limits(**document["limits"]),

@@ -5,8 +5,8 @@ What several keys mean together is in `reading`.
 
 from __future__ import annotations
 
-from policies.keys import choice, line
-from proxy.config import MAX_WORKERS, GateMode, OnLogFailure
+from policies.keys import FLAG, choice, line
+from proxy.config import IN_CLUSTER, MAX_WORKERS, GateMode, HttpHost, OnLogFailure, OnStale
 from proxy.config import values as values
 from proxy.config.key import ConfigKey, Group, Many
 from proxy.config.limit_keys import LIMITS
@@ -47,6 +47,48 @@ KEYS = (
         example="weather",
         unsaid="whoever sends, by credentials or source address",
         flags=("-w", "--workload"),
+    ),
+    ConfigKey(
+        path="kubernetes.api",
+        group=Group.POLICY,
+        fields=("kubernetes.api",),
+        shape=values.PATH,
+        metavar=f"{IN_CLUSTER}|KUBECONFIG",
+        says="The cluster whose pods are watched: match: kubernetes needs it.",
+        example="in-cluster",
+        unsaid="none: no pod is known",
+        flags=("--kubernetes",),
+        is_path=True,
+    ),
+    ConfigKey(
+        path="kubernetes.onStale",
+        group=Group.POLICY,
+        fields=("kubernetes.on_stale",),
+        shape=choice({what.value: what for what in OnStale}),
+        metavar="|".join(OnStale),
+        says="When the cluster's API was silent for staleS: deny who is known by address alone, or keep what it told.",
+        example="keep",
+        unsaid="`deny`",
+    ),
+    ConfigKey(
+        path="kubernetes.staleS",
+        group=Group.POLICY,
+        fields=("kubernetes.stale_s",),
+        shape=values.seconds(86400, least=60),
+        metavar="SECONDS",
+        says="Seconds of silence after which what the cluster told is too old to go by; less than 60 are no silence.",
+        example="600",
+        unsaid="`300`",
+    ),
+    ConfigKey(
+        path="kubernetes.tokenAudience",
+        group=Group.POLICY,
+        fields=("kubernetes.token_audience",),
+        shape=line(253),
+        metavar="AUDIENCE",
+        says="Clients of the proxy may prove which pod they are by a service account token for this audience.",
+        example="outgate",
+        unsaid="none: tokens have no bearing",
     ),
     ConfigKey(
         path="mode",
@@ -114,6 +156,40 @@ KEYS = (
         many=Many.WORDS,
     ),
     ConfigKey(
+        path="udpListen",
+        group=Group.LISTENERS,
+        fields=("udp_listen",),
+        shape=values.SOCKET_ADDRESSES,
+        metavar="ADDR:PORT",
+        says="Where datagrams arrive that the firewall leads here (--udp-port); [::] takes IPv4 too.",
+        example='"[::]:15006"',
+        unsaid="none: the gate carries no redirected datagrams",
+        many=Many.WORDS,
+    ),
+    ConfigKey(
+        path="udpForward",
+        group=Group.LISTENERS,
+        fields=("udp_forward",),
+        shape=values.FORWARDS,
+        texts=values.FORWARD_TEXTS,
+        metavar="ADDR:PORT=TO",
+        says="Datagrams that arrive there are for TO, NAME-or-ADDR:PORT; the policy decides all the same.",
+        example='{"127.0.0.1:5060": "sip.example:5060", "[::]:5061": "203.0.113.7:5061"}',
+        unsaid="none",
+        many=Many.WORDS,
+    ),
+    ConfigKey(
+        path="dnstapListen",
+        group=Group.LISTENERS,
+        fields=("dnstap_listen",),
+        shape=values.PATH,
+        metavar="PATH",
+        says="A unix socket where the site's own name servers tell what they answered (dnstap); its group may write.",
+        example="/run/outgate/dnstap.sock",
+        unsaid="none: only what the gate answers itself opens anything",
+        is_path=True,
+    ),
+    ConfigKey(
         path="dnsSearch",
         group=Group.LISTENERS,
         fields=("dns_search",),
@@ -123,6 +199,17 @@ KEYS = (
         example="[svc.cluster.local, cluster.local]",
         unsaid="those of /etc/resolv.conf",
         many=Many.WORDS,
+    ),
+    ConfigKey(
+        path="openings",
+        group=Group.LISTENERS,
+        fields=("openings",),
+        shape=FLAG,
+        texts=choice({"true": True, "false": False}),
+        metavar="true|false",
+        says="true: names behind tcp and udp rules are let past the gate by the kernel while their lookup holds.",
+        example="true",
+        unsaid="`false`",
     ),
     ConfigKey(
         path="dnsForward",
@@ -219,6 +306,15 @@ KEYS = (
         is_path=True,
     ),
     ConfigKey(
+        path="httpHost",
+        group=Group.UPSTREAM,
+        fields=("http_host",),
+        shape=choice({host.value: host for host in HttpHost}),
+        metavar="|".join(HttpHost),
+        says="What carries HTTP under inspection: the lane for HTTP/1.1 and mitmproxy for HTTP/2, or mitmproxy alone.",
+        example="mitmproxy",
+    ),
+    ConfigKey(
         path="log",
         group=Group.RECORDS,
         fields=("log",),
@@ -268,12 +364,21 @@ KEYS = (
         example="2",
     ),
     ConfigKey(
+        path="drainS",
+        group=Group.PROCESS,
+        fields=("drain_s",),
+        shape=values.seconds(3600),
+        metavar="SECONDS",
+        says="Seconds between the order to end and the closing of the doors: not ready, so that balancers turn away.",
+        example="10",
+    ),
+    ConfigKey(
         path="graceS",
         group=Group.PROCESS,
         fields=("grace_s",),
         shape=values.seconds(3600),
         metavar="SECONDS",
-        says="Seconds that open connections may take to finish when the gate is told to end.",
+        says="Seconds that open connections may take to finish when the gate is told to end, once doors are closed.",
         example="30",
     ),
     *LIMITS,
@@ -281,6 +386,7 @@ KEYS = (
 BY_PATH = {key.path: key for key in KEYS}
 
 PARTS = {
+    "kubernetes": "The cluster whose pods are known by their addresses.",
     "upstreamProxy": "The site's own proxy, through which the gate dials.",
     "limits": "What one worker bears from its clients.",
 }

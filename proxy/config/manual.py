@@ -42,11 +42,16 @@ TOGETHER = """\
 - A policy is required.
 - `mode: sidecar` needs `workload`: every connection comes from the one pod.
 - `mode: proxy` has no `listen`. In the other modes `proxyListen` opens a proxy beside it.
-- `mode: proxy` has no `dnsListen`: its clients send names. `dnsSearch` needs a `dnsListen`, and no name server is one.
+- `mode: proxy` has no `dnsListen` and no `dnstapListen`: its clients send names. `dnsSearch` needs one of the two, and
+  no name server is a `dnsListen`.
+- `mode: proxy` has no `udpListen`: nothing is redirected to it. `udpForward` is for every mode.
+- `openings: true` is for `mode: gateway` with a `dnsListen` or a `dnstapListen`, behind the rules of
+  `outgate firewall`; without these the gate does not start.
 - `credentials` and `proxyProtocolFrom` need a `proxyListen`; that of `mode: proxy` by default is one.
 - `proxyProtocolFrom` names balancers, at most a /8 of IPv4 or a /16 of IPv6: whoever is in it can say to be any source.
 - `upstreamProxy` needs its `url`. Its password stands in a file, never in the url.
-- No address is listened on twice. Port 0 is a free port, which the gate says when it has it.
+- No address is listened on twice, for connections or for datagrams. Port 0 is a free port, which the gate says when it
+  has it.
 - On a host without IPv6 the default `[::]:15001` is `0.0.0.0:15001`, and the default `[::1]:15001` is left out. An
   address that was asked for and cannot be had is an error.
 - `maxPerSource` is not above `maxConnections`. Limits are those of one worker: a gate with four has four times as many
@@ -81,10 +86,13 @@ _SAID: Mapping[GateMode, Mapping[str, str]] = {
         "upstreamProxy.direct": '["*.corp.example", 10.0.0.0/8]',
     },
 }
+_CLUSTER = frozenset({"kubernetes.api", "kubernetes.onStale", "kubernetes.staleS", "kubernetes.tokenAudience"})
 _OF_NO_USE: Mapping[GateMode, frozenset[str]] = {
     GateMode.GATEWAY: frozenset({"workload"}),
-    GateMode.SIDECAR: frozenset({"credentials", "proxyProtocolFrom"}),
-    GateMode.PROXY: frozenset({"listen", "dnsListen", "dnsSearch", "workload"}),
+    GateMode.SIDECAR: frozenset({"openings", "credentials", "proxyProtocolFrom", *_CLUSTER}),
+    GateMode.PROXY: frozenset(
+        {"listen", "dnsListen", "dnstapListen", "dnsSearch", "udpListen", "openings", "workload"}
+    ),
 }
 
 

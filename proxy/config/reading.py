@@ -13,7 +13,7 @@ from policies.keys import Scope, Wrong
 from policies.model import Place
 from policies.spelling import nearest
 from policies.tree import ListNode, Node, Scalar, Source, parse
-from proxy.config import Config, DoorKind, GateMode, SocketAddress, UpstreamProxy
+from proxy.config import IN_CLUSTER, Config, DoorKind, GateMode, Kubernetes, SocketAddress, UpstreamProxy
 from proxy.config.file import read_gate
 from proxy.config.key import PREFIX, ConfigKey
 from proxy.config.keys import BY_PATH, KEYS
@@ -22,6 +22,7 @@ from proxy.options import Misused
 from proxy.record import show_peer
 
 CONFIG_VARIABLE = PREFIX + "CONFIG"
+NO_PATHS = frozenset({("log", STDERR), ("kubernetes.api", IN_CLUSTER)})
 CITED = frozenset({"policy", "tags"})  # a rule is cited by its file as the operator named it
 # What Kubernetes sets in a pod for every Service whose name begins with `outgate`.
 _SERVICE_LINK = re.compile(r"(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_[0-9]+_\w+)?)")
@@ -159,7 +160,7 @@ def _told(problem: Problem) -> str:
 
 def _anchored(key: ConfigKey, value: Any, directory: Path) -> Any:
     """Paths made absolute, but those by which a rule is cited. `..` stays: only the kernel knows it behind a link."""
-    if not key.is_path or (key.path, value) == ("log", STDERR):
+    if not key.is_path or (not key.many and (key.path, value) in NO_PATHS):
         return value
     if key.path not in CITED:
         directory = Path.cwd() / directory
@@ -174,6 +175,7 @@ def _build(said: Layer) -> Config:
     from proxy.limits import Limits
 
     parts: dict[str, dict[str, Any]] = {"": {"policy": ()}, "limits": {}, "bounds": {}, "upstream_proxy": {}}
+    parts["kubernetes"] = {}
     for path, found in said.items():
         for field in BY_PATH[path].fields:
             above, _, name = field.rpartition(".")
@@ -186,11 +188,16 @@ def _build(said: Layer) -> Config:
         limits=Limits(**parts["limits"]),
         bounds=Bounds(**parts["bounds"]),
         upstream_proxy=_upstream_proxy(**parts["upstream_proxy"]),
+        kubernetes=_kubernetes(**parts["kubernetes"]),
     )
 
 
 def _upstream_proxy(url: tuple[str, int] | None = None, **rest: Any) -> UpstreamProxy | None:
     return UpstreamProxy(*url, **rest) if url else None
+
+
+def _kubernetes(api: str | None = None, **rest: Any) -> Kubernetes | None:
+    return Kubernetes(api, **rest) if api else None
 
 
 def _contradictions(config: Config, said: Layer) -> Iterator[str]:
@@ -204,22 +211,44 @@ def _contradictions(config: Config, said: Layer) -> Iterator[str]:
         yield f"{said['listen'].by}: mode proxy takes no redirected connections; {repair}"
     if config.mode is GateMode.PROXY and config.dns_listen:
         yield f"{said['dnsListen'].by}: clients of mode proxy send names and ask for none; say mode gateway"
-    if "dnsSearch" in said and not config.dns_listen:
+    if config.mode is GateMode.PROXY and config.udp_listen:
+        repair = f"say {BY_PATH['udpForward'].flag}, or mode gateway"
+        yield f"{said['udpListen'].by}: mode proxy takes no redirected datagrams; {repair}"
+    if config.mode is GateMode.PROXY and config.dnstap_listen:
+        yield f"{said['dnstapListen'].by}: clients of mode proxy look nothing up for themselves; say mode gateway"
+    if "dnsSearch" in said and not config.dns_listen and not config.dnstap_listen:
         yield f"{said['dnsSearch'].by}: dnsSearch is about DNS questions, and none are taken; {_ways('dnsListen')}"
+    if config.openings:
+        yield from _opens_nothing(config, said)
     yield from _asks_itself(config, said)
     if not any(door.kind is DoorKind.PROXY for door in config.doors()):
-        for path in ("credentials", "proxyProtocolFrom"):
+        for path in ("credentials", "proxyProtocolFrom", "kubernetes.tokenAudience"):
             if path in said:
                 yield f"{said[path].by}: {path} is for clients of a proxy, and there is none; {_ways('proxyListen')}"
     if config.upstream_proxy is None:
         for path in ("upstreamProxy.credentials", "upstreamProxy.direct"):
             if path in said:
                 yield f"{said[path].by}: {path} without the proxy it is about; {_ways('upstreamProxy.url')}"
+    if config.kubernetes is None:
+        for path in ("kubernetes.onStale", "kubernetes.staleS", "kubernetes.tokenAudience"):
+            if path in said:
+                yield f"{said[path].by}: {path} without the cluster it is about; {_ways('kubernetes.api')}"
+    elif config.workload is not None:
+        who = f"every connection is {config.workload}'s, whatever its pod"
+        yield f"{said['kubernetes.api'].by}: {who}; leave out {BY_PATH['workload'].flag}, or this"
     most = min(config.limits.max_connections, config.bounds.connections)  # that of inspected ones is lower by default
     if (per_source := said.get("limits.maxPerSource")) and per_source.value > most:
         message = f"{per_source.value} for one source, where all together may have {most}"
         yield f"{per_source.by}: {message}; {_ways('limits.maxConnections')}"
     yield from _twice(config, said)
+
+
+def _opens_nothing(config: Config, said: Layer) -> Iterator[str]:
+    by = said["openings"].by
+    if config.mode is not GateMode.GATEWAY:
+        yield f"{by}: in mode {config.mode} the gate carries everything; say mode gateway, or openings: false"
+    elif not config.dns_listen and not config.dnstap_listen:
+        yield f"{by}: openings follow lookups, and the gate hears of none; {_ways('dnsListen')}"
 
 
 def _asks_itself(config: Config, said: Layer) -> Iterator[str]:
@@ -232,16 +261,19 @@ def _asks_itself(config: Config, said: Layer) -> Iterator[str]:
 
 
 def _twice(config: Config, said: Layer) -> Iterator[str]:
-    listened = [(door.kind.value, door.address) for door in config.doors()]
+    doors = [(door.kind, door.address) for door in config.doors()]
+    streams = [(kind.value, address) for kind, address in doors if kind.is_stream]
     if config.admin:
-        listened.append(("admin", config.admin))
-    first: dict[SocketAddress, str] = {}
-    for path, address in listened:
-        before = first.get(address)
-        if before and address[1]:  # port 0 is another port each time
-            by = said.get(path) or said[before]  # the defaults are not at odds, so one of the two was said
-            yield f"{by.by}: {show_peer(address)} is taken twice, by {before} and {path}; say another port"
-        first.setdefault(address, path)
+        streams.append(("admin", config.admin))
+    datagrams = [(kind.value, address) for kind, address in doors if kind.is_datagram]
+    for listened in (streams, datagrams):
+        first: dict[SocketAddress, str] = {}
+        for path, address in listened:
+            before = first.get(address)
+            if before and address[1]:  # port 0 is another port each time
+                by = said.get(path) or said[before]  # the defaults are not at odds, so one of the two was said
+                yield f"{by.by}: {show_peer(address)} is taken twice, by {before} and {path}; say another port"
+            first.setdefault(address, path)
 
 
 def _ways(path: str) -> str:

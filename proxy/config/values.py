@@ -15,7 +15,7 @@ from policies.keys import Scope, Shape, Wrong, listing, read_text
 from policies.model import Network
 from policies.spelling import quote
 from policies.tree import MapNode, Node, Scalar
-from policies.values import read_network
+from policies.values import DESTINATION_SCHEMA, read_destination, read_network
 from proxy.config import SocketAddress
 from proxy.hosts import DNS_PORT, HostsEntry, MalformedHostOption, Nameserver, parse_host_options
 
@@ -214,6 +214,53 @@ def _read_zone_texts(node: Node, scope: Scope) -> dict[Hostname, tuple[Nameserve
     return zones
 
 
+def _read_target(node: Node, scope: Scope) -> str:
+    """`NAME-or-ADDR:PORT`, one of each, as it is written in a policy."""
+    text = read_text(node, scope)
+    host, networks, (ports,) = read_destination(Scalar(text, False, node.line, node.column), scope)
+    if any(network.num_addresses > 1 for network in networks) or ports.first != ports.last:
+        hint = "write NAME:PORT or ADDR:PORT, for example time.example:4460"
+        raise scope.wrong(node, f"{quote(text)} is no single destination", hint)
+    return f"{host or _bracketed(str(networks[0].network_address))}:{ports.first}"
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def _read_forwards(node: Node, scope: Scope) -> dict[SocketAddress, str]:
+    """An address of the gate to the destination behind it."""
+    if type(node) is not MapNode:
+        raise scope.wrong(node, f"{node.kind} where addresses must stand", "write ADDR:PORT: NAME:PORT below it")
+    forwards: dict[SocketAddress, str] = {}
+    problems: list[Problem] = []
+    for key, value in node.entries:
+        try:
+            address = _read_socket_address(key, scope)
+            if address in forwards:
+                raise scope.wrong(key, f"{quote(key.text)} stands here twice", "each address leads to one destination")
+            forwards[address] = _read_target(value, scope)
+        except Wrong as error:
+            problems += error.problems
+    if problems:
+        raise Wrong(problems)
+    return forwards
+
+
+def _read_forward_texts(node: Node, scope: Scope) -> dict[SocketAddress, str]:
+    """The same said as `ADDR:PORT=TO`, several times."""
+    forwards: dict[SocketAddress, str] = {}
+    for text in TEXTS.read(node, scope):
+        address, equals, target = text.partition("=")
+        if not equals:
+            raise scope.wrong(node, f"{quote(text)} names no destination", "write ADDR:PORT=NAME:PORT")
+        where = _read_socket_address(Scalar(address, False, 1, 1), scope)
+        if where in forwards:
+            raise scope.wrong(node, f"{quote(address)} stands here twice", "each address leads to one destination")
+        forwards[where] = _read_target(Scalar(target, False, 1, 1), scope)
+    return forwards
+
+
 def _shown(node: Node) -> str:
     return quote(node.text) if type(node) is Scalar else node.kind
 
@@ -256,3 +303,12 @@ ZONES = Shape(
     },
 )
 ZONE_TEXTS = Shape(_read_zone_texts, {})
+FORWARDS = Shape(
+    _read_forwards,
+    {
+        "type": "object",
+        "propertyNames": SOCKET_ADDRESS.schema,
+        "additionalProperties": DESTINATION_SCHEMA,
+    },
+)
+FORWARD_TEXTS = Shape(_read_forward_texts, {})

@@ -26,7 +26,7 @@ from addons.judge import (
     UNAVAILABLE,
     Judgement,
 )
-from policies.model import UNKNOWN, Action, Attempt, Network, Reason, Stage, Verdict
+from policies.model import AMBIGUOUS, STALE, UNKNOWN, Action, Attempt, Network, Reason, Stage, Verdict
 from proxy.connection import Connection, Tunnel
 from proxy.guest import Gate
 from proxy.inspector.handover import Handover
@@ -44,7 +44,16 @@ MAX_TRIES = 8  # heads of one connection that are answered 407
 
 _ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 # What no tunnel can change: refused before it is made.
-_AT_ONCE = frozenset({Reason.UNKNOWN_WORKLOAD, Reason.AMBIGUOUS_WORKLOAD, Reason.LOG_FAILED})
+_AT_ONCE = frozenset(
+    {
+        Reason.UNKNOWN_WORKLOAD,
+        Reason.AMBIGUOUS_WORKLOAD,
+        Reason.STALE_WORKLOAD,
+        Reason.CREDENTIALS,
+        Reason.LOG_FAILED,
+    }
+)
+_MAY_PROVE = frozenset({UNKNOWN, AMBIGUOUS, STALE})  # who they are is asked of those whose address does not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +156,16 @@ class Caller(Peeking):
             self._verification = asyncio.get_running_loop().create_task(verifying)
 
     async def _verify(self, verifier: Verifier, head: ProxyHead, authorization: bytes) -> None:
-        from proxy.explicit.verifier import TooManyGuesses
+        from proxy.explicit.verifier import TooManyGuesses, Unverified
 
         try:
             try:
                 name = await verifier.verify(authorization, self.source)
             except TooManyGuesses:
                 self._refuse_guesses()
+                return
+            except Unverified as error:
+                self._refuse(self._fault(Reason.GATE_FAILED), UNAVAILABLE, f"whose token it is nobody says: {error}")
                 return
             self._verification = None
             if name is None:
@@ -166,7 +178,7 @@ class Caller(Peeking):
     def _admit(self, head: ProxyHead, user: str | None) -> None:
         """Let it in as a workload, if it is one."""
         workload = self._gate.identify(self.source, user)
-        if workload == UNKNOWN and user is None and self._entrance.verifier is not None:
+        if workload in _MAY_PROVE and user is None and self._entrance.verifier is not None:
             self._challenge(head)
             return
         attempt = self._attempt(head, workload)

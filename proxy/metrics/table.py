@@ -12,6 +12,7 @@ from enum import StrEnum
 from itertools import product
 
 from policies.model import Action, Reason, Stage
+from proxy import identity
 from proxy.service.status import ReloadOutcome, WorkerState
 
 OTHER = "other"
@@ -42,6 +43,8 @@ class Part(StrEnum):
     SUPERVISOR = "supervisor"
     WORKER = "worker"
     INSPECTOR = "inspector"
+    WATCH = "watch"  # of a cluster
+    OPENER = "opener"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,10 @@ def _texts(values: Iterable[StrEnum]) -> tuple[str, ...]:
 
 _STAGE, _REASON, _VERDICT = _texts(Stage), _texts(Reason), _texts(Action)
 _FLOW_ENDS = ("closed", "reset", "idle", "crashed")  # relays.stream.End, which a test compares
+_LOST = ("budget", "waiting", "full", "truncated")  # relays.udp_sessions.Lost, which a test compares
+_TAPPED = ("admitted", "denied", "empty", "unknown_workload")  # relays.dnstap.Observed, which a test compares
+_TAP_ENDS = ("finished", "closed", "malformed", "slow", "refused")  # relays.dnstap.TapEnd, which a test compares
+_OPENED = ("opened", "failed", "late")
 _ANSWERS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _FLOWS_S = (0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
 _SETUPS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -121,7 +128,11 @@ METRICS: dict[str, Metric] = {
         # what was carried
         _counter("outgate_connections_accepted_total", "Connections accepted from workloads."),
         _gauge("outgate_connections_open", "Connections being peeked, carried, or told that they are denied."),
-        _gauge("outgate_connections_inspected", "Connections given to the inspector and not over."),
+        _gauge(
+            "outgate_connections_inspected", "Connections under inspection, in the lane and in mitmproxy's process."
+        ),
+        _gauge("outgate_lane_waiting_bytes", "Bytes that wait in the lane: for slow readers, for the rest of a head."),
+        _gauge("outgate_upstreams_pooled", "Connections to origins that wait for another client (`upstreamPool`)."),
         _counter("outgate_flows_total", "Flows relayed without inspection, by how they ended.", end=_FLOW_ENDS),
         _counter(
             "outgate_bytes_total",
@@ -148,9 +159,26 @@ METRICS: dict[str, Metric] = {
         _gauge("outgate_names_remembered", "Names whose addresses, or whose absence, the resolver remembers."),
         _counter("outgate_dns_malformed_total", "DNS messages of workloads that were no question, and got no answer."),
         _counter(
+            "outgate_dns_dropped_total", "DNS questions of sources that asked more often than limits.dnsPerSource."
+        ),
+        _counter(
             "outgate_dns_search_noise_total",
             "Allowed names asked for with a search domain behind them, answered here and not recorded.",
         ),
+        _counter(
+            "outgate_dnstap_answers_total",
+            "Answers of the site's name servers to their clients, heard by dnstap.",
+            outcome=_TAPPED,
+        ),
+        _gauge("outgate_dnstap_senders", "Name servers that are connected to dnstapListen."),
+        _counter("outgate_dnstap_streams_total", "Streams of dnstap that are over, by how they ended.", end=_TAP_ENDS),
+        _gauge("outgate_udp_sessions", "UDP sessions that are carried, or wait until it is known where they go."),
+        _counter(
+            "outgate_udp_datagrams_total",
+            "Datagrams carried, as the workload sees them.",
+            direction=("sent", "received"),
+        ),
+        _counter("outgate_udp_lost_total", "Datagrams of admitted UDP sessions that went no further.", why=_LOST),
         _histogram(
             "outgate_upstream_connect_duration_seconds",
             "How long it took to connect upstreams, or to fail.",
@@ -158,6 +186,12 @@ METRICS: dict[str, Metric] = {
             result=("connected", "failed"),
         ),
         _gauge("outgate_leaves_remembered", "Names that were inspected and whose leaf certificates are kept."),
+        # past the gate
+        _counter("outgate_openings_total", "Lookups that were to open a way past the gate.", outcome=_OPENED),
+        _histogram("outgate_opening_duration_seconds", "How long answers waited for the kernel to open it.", _SETUPS_S),
+        _gauge("outgate_openings_open", "Sources, addresses, protocols and ports that are open past the gate."),
+        _counter("outgate_openings_cut_total", "Connections past the gate that were cut: no opening stands for them."),
+        _counter("outgate_opener_restarts_total", "Openers started in place of one that had ended by itself."),
         # the decision log
         _counter("outgate_log_records_written_total", "Decision records written."),
         _counter("outgate_log_records_lost_total", "Decision records that could not be written."),
@@ -171,6 +205,14 @@ METRICS: dict[str, Metric] = {
         _gauge("outgate_issuing_expiry_timestamp_seconds", "When the issuing CA in force expires, POSIX time."),
         _info("outgate_policy_generation_info", "The policy in force, as `policy.generation` names it.", "generation"),
         _info("outgate_build_info", "The versions that run.", "version", "python", "openssl"),
+        # the cluster
+        _gauge(
+            "outgate_identity_pods",
+            "Pods that have an address: of their own, their node's, or one that may be another's by now.",
+            kind=_texts(identity.Kind),
+        ),
+        _gauge("outgate_identity_addresses_in_doubt", "Addresses of which nobody says which pod has them."),
+        _gauge("outgate_identity_lag_seconds", "How long ago the cluster's API last said what it knows."),
         # processes
         _gauge(
             "process_resident_memory_bytes", "Resident memory; what workers share counts for each.", part=_texts(Part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ _LONGEST = 256  # headers and what ICMP quotes of the datagram
 _RST_ACK = 0x14
 _ICMP, _TCP, _UDP, _ICMP6 = 1, 6, 17, 58
 _V6_HEADER = 40
-_DNS = 53
+_ANSWERED = (53, 123)  # DNS, NTP
 
 PROGRAM = assemble(
     [
@@ -72,38 +72,42 @@ PROGRAM = assemble(
 )
 
 
-def read_refusal(packet: bytes) -> Refused | None:
-    """What was attempted, or None for a packet that is no refusal (or cut short)."""
+def read_refusal(packet: bytes, answering: Container[int] = ()) -> Refused | None:
+    """What was attempted, or None for a packet that is no refusal (or cut short), or refuses an answer of the gate.
+
+    answering  UDP ports from which the gate answers
+    """
     try:
-        return _read_v4(packet) if packet[0] >> 4 == 4 else _read_v6(packet)
+        return _read_v4(packet, answering) if packet[0] >> 4 == 4 else _read_v6(packet, answering)
     except (IndexError, struct.error, ValueError):
         return None
 
 
-def _read_v4(packet: bytes) -> Refused | None:
+def _read_v4(packet: bytes, answering: Container[int]) -> Refused | None:
     body = packet[4 * (packet[0] & 0x0F) :]
     if packet[9] == _TCP:
         return "tcp", IPv4Address(packet[12:16]), struct.unpack_from("!H", body)[0]
     quoted = body[8:]
     if packet[9] != _ICMP or quoted[9] != _UDP:
         return None
-    return _read_udp(IPv4Address(quoted[16:20]), quoted[4 * (quoted[0] & 0x0F) :])
+    return _read_udp(IPv4Address(quoted[16:20]), quoted[4 * (quoted[0] & 0x0F) :], answering)
 
 
-def _read_v6(packet: bytes) -> Refused | None:
+def _read_v6(packet: bytes, answering: Container[int]) -> Refused | None:
     body = packet[_V6_HEADER:]
     if packet[6] == _TCP:
         return "tcp", IPv6Address(packet[8:24]), struct.unpack_from("!H", body)[0]
     quoted = body[8:]
     if packet[6] != _ICMP6 or quoted[6] != _UDP:
         return None
-    return _read_udp(IPv6Address(quoted[24:40]), quoted[_V6_HEADER:])
+    return _read_udp(IPv6Address(quoted[24:40]), quoted[_V6_HEADER:], answering)
 
 
-def _read_udp(destination: IPv4Address | IPv6Address, header: bytes) -> Refused | None:
+def _read_udp(destination: IPv4Address | IPv6Address, header: bytes, answering: Container[int]) -> Refused | None:
     source_port, port = struct.unpack_from("!HH", header)
-    # A DNS answer of the gate to a client that did not wait. Nobody inside may send from port 53: it is bound.
-    return None if source_port == _DNS else ("udp", destination, port)
+    # An answer of the gate to a client that did not wait. Nobody inside may send from the first two, bound or not, nor
+    # from what the gate has bound.
+    return None if source_port in _ANSWERED or source_port in answering else ("udp", destination, port)
 
 
 class ClosedPorts:
@@ -123,7 +127,9 @@ class ClosedPorts:
         loop: AbstractEventLoop,
         *,
         quiet_s: float = 1.0,
+        answering: Container[int] = (),
     ) -> None:
+        self._answering = answering
         self._packets = packets
         self._on_attempt = on_attempt
         self._loop = loop
@@ -148,7 +154,7 @@ class ClosedPorts:
                 packet = self._packets.recv(_LONGEST)
             except BlockingIOError:
                 return False
-            if refused := read_refusal(packet):
+            if refused := read_refusal(packet, self._answering):
                 self._tell(refused)
         return True
 

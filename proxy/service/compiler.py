@@ -16,11 +16,12 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from policies.model import Stage
 from proxy import child
 from proxy.channel import MAX_MESSAGE, Channel
 from proxy.config import Config
 from proxy.issuing import Issuers, left_out
-from proxy.options import Misused, Unready, inspected_rule, load_issuers, require_workload
+from proxy.options import Misused, Unready, gives_http2, inspected_rule, load_issuers, require_workload
 
 if TYPE_CHECKING:
     from policies.index import Policy
@@ -37,6 +38,9 @@ class Request:
 
     workload   whose rules count; None: everybody's
     has_users  the gate knows proxy clients by their credentials
+    has_pods   it watches a cluster
+    has_datagrams  it has a door for udp rules
+    gives_time  it is for `outgate relay`, which serves ntp rules and no others
     pki        the authority's directory
     known      the generation in force, which is not compiled again; None: the gate starts
     issuers    those in force, without their text
@@ -47,6 +51,9 @@ class Request:
     tags: tuple[str, ...] = ()
     workload: str | None = None
     has_users: bool = False
+    has_pods: bool = False
+    has_datagrams: bool = False
+    gives_time: bool = False
     pki: str | None = None
     known: str | None = None
     issuers: Issuers | None = None
@@ -60,6 +67,8 @@ def request_for(config: Config) -> Request:
         tags=config.tags,
         workload=config.workload,
         has_users=config.credentials is not None,
+        has_pods=config.kubernetes is not None,
+        has_datagrams=bool(config.udp_listen or config.udp_forward),
         pki=config.pki,
         niceness=0,
     )
@@ -71,6 +80,7 @@ class Report:
 
     generation  twelve hex digits that stand in every record
     inspects    a rule ends TLS
+    http2       one gives clients HTTP/2, which takes a process that is started in time
     closed      rules of a kind that is not carried yet, one a line
     issuers     what signs leaves from now on; None: what did before, or nothing
     fault       why the issuing CAs that the store may hold by now are not among this, one a line
@@ -79,6 +89,7 @@ class Report:
 
     generation: str
     inspects: bool = False
+    http2: bool = False
     closed: str = ""
     issuers: Issuers | None = None
     fault: str = ""
@@ -207,10 +218,12 @@ def _compile_policy(request: Request, issuers: Issuers | None) -> tuple[Report, 
         return Report(generation=policy.generation, issuers=issuers, fault=fault), None
     if issuers is None and request.issuers and (outside := left_out(policy, request.workload, request.issuers)):
         raise Unready("\n".join(map(str, outside)))
+    carried = (Stage.UDP,) if request.has_datagrams else ()
     report = Report(
         generation=policy.generation,
         inspects=inspected_rule(policy, request.workload) is not None,
-        closed=_shortened("\n".join(map(str, closed_rules(policy, request.workload)))),
+        http2=gives_http2(policy, request.workload),
+        closed=_shortened("\n".join(map(str, closed_rules(policy, request.workload, carried=carried)))),
         issuers=issuers,
         fault=fault,
     )
@@ -219,10 +232,15 @@ def _compile_policy(request: Request, issuers: Issuers | None) -> tuple[Report, 
 
 def _require_served(policy: Policy, request: Request) -> None:
     """Raises Unready for what this gate cannot serve."""
+    from proxy.relays.ntp.named import unservable
     from proxy.served import refused_keys
 
     require_workload(policy, request.workload)
-    if refused := refused_keys(policy, request.workload, has_users=request.has_users):
+    if request.gives_time:
+        if problems := unservable(policy, request.workload):
+            raise Unready("\n".join(problems))
+        return
+    if refused := refused_keys(policy, request.workload, has_users=request.has_users, has_pods=request.has_pods):
         raise Unready("\n".join(map(str, refused)))
     inspected = inspected_rule(policy, request.workload)
     if inspected and not request.pki:

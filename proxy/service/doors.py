@@ -6,7 +6,10 @@ a worker that died waits for the next one instead of being reset.
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -14,9 +17,11 @@ from ipaddress import ip_address
 from proxy.config import Config, Door, DoorKind, SocketAddress
 from proxy.config.keys import BY_PATH
 from proxy.record import show_peer
+from proxy.relays.udp_sockets import try_transparent
 
 BACKLOG = 4096
 PORTS_TRIED = 16
+TAP_MODE = 0o660  # who writes there says which addresses names have: the group of the name server, and nobody else
 
 
 class DoorTaken(Exception):
@@ -25,15 +30,26 @@ class DoorTaken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class OpenDoor:
-    """One port. `sockets` has one for each worker; the kernel spreads connections, and datagrams, over them."""
+    """One port. `sockets` has one for each worker; the kernel spreads connections, and datagrams, over them.
+
+    Where UDP is carried there is one for the first worker alone: what a budget counts must be in one place.
+    """
 
     kind: DoorKind
     sockets: tuple[socket.socket, ...]
+    target: str = ""  # whom datagrams are for that are forwarded
 
     @property
     def address(self) -> SocketAddress:
         host, port = self.sockets[0].getsockname()[:2]
         return host, port
+
+    @property
+    def shown(self) -> str:
+        """Where it is, to people."""
+        if self.sockets[0].family == socket.AF_UNIX:
+            return str(self.sockets[0].getsockname())
+        return show_peer(self.address)
 
     def close(self) -> None:
         for sock in self.sockets:
@@ -47,18 +63,57 @@ def open_doors(config: Config) -> tuple[OpenDoor, ...]:
     for door in doors:
         try:
             for sockets in _open(door, config.workers, takes_ipv4=_takes_ipv4(door, doors)):
-                opened.append(OpenDoor(door.kind, sockets))
+                opened.append(OpenDoor(door.kind, sockets, door.target))
         except OSError as error:
             for other in opened:
                 other.close()
-            raise DoorTaken(
-                f"{BY_PATH[door.kind].flag} {show_peer(door.address)}: {error.strerror or error}"
-            ) from error
+            where = f"{BY_PATH[door.kind].flag} {show_peer(door.address)}"
+            raise DoorTaken(f"{where}: {error.strerror or error}{_repair(door, error)}") from error
+    if config.dnstap_listen:
+        try:
+            opened.append(OpenDoor(DoorKind.DNSTAP, open_tap(config.dnstap_listen, config.workers)))
+        except OSError as error:
+            for other in opened:
+                other.close()
+            flag = BY_PATH[DoorKind.DNSTAP].flag
+            raise DoorTaken(f"{flag} {config.dnstap_listen}: {error.strerror or error}") from error
     return tuple(opened)
+
+
+def open_tap(path: str, count: int = 1) -> tuple[socket.socket, ...]:
+    """`count` descriptors of one listening unix socket, in place of one that nobody listens on. Raises OSError."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            os.unlink(path)
+            sock.bind(path)
+        os.chmod(path, TAP_MODE)
+        sock.listen(BACKLOG)  # not before its mode is right: until here nobody could connect
+        return sock, *(sock.dup() for _ in range(count - 1))
+    except OSError:
+        sock.close()
+        raise
+
+
+def _is_stale(path: str) -> bool:
+    """Whether a socket is there that was left behind: what is no socket is somebody's file."""
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
 def _open(door: Door, count: int, *, takes_ipv4: bool) -> Iterator[tuple[socket.socket, ...]]:
     """The sockets of a door; of one for DNS those for TCP, then those for UDP on the same port. Raises OSError."""
+    if not door.kind.is_stream:
+        if door.kind is DoorKind.UDP:
+            try_transparent()
+        yield open_sockets(door.address, takes_ipv4=takes_ipv4, kind=socket.SOCK_DGRAM)
+        return
     for tries_left in range(PORTS_TRIED, 0, -1):
         streams = open_sockets(door.address, count, takes_ipv4=takes_ipv4)
         if door.kind is not DoorKind.DNS:
@@ -75,6 +130,12 @@ def _open(door: Door, count: int, *, takes_ipv4: bool) -> Iterator[tuple[socket.
         else:
             yield from (streams, datagrams)
             return
+
+
+def _repair(door: Door, error: OSError) -> str:
+    if door.kind is DoorKind.UDP and isinstance(error, PermissionError):
+        return "; answers leave from the address that was asked: give the gate CAP_NET_RAW and CAP_NET_BIND_SERVICE"
+    return ""
 
 
 def open_sockets(

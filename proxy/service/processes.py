@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +34,10 @@ class Processes:
         self._totals = Totals()
         self._seen: set[tuple[int, int]] = set()
 
-    def look(self, workers: Iterable[int]) -> Snapshot:
-        """Of this process, of the workers, and of the inspectors that they started."""
+    def look(self, workers: Iterable[int], others: Mapping[Part, int | None] | None = None) -> Snapshot:
+        """Of this process, of the workers and the inspectors that they started, and of others where there are any."""
         seen = set()
-        for part, pid in _parts(workers):
+        for part, pid in _parts(workers, others or {}):
             usage = read_usage(pid)
             if usage is not None:
                 process = (pid, usage.started)
@@ -70,8 +70,9 @@ def read_usage(pid: int) -> Usage | None:
         return None
 
 
-def _parts(workers: Iterable[int]) -> Iterator[tuple[Part, int]]:
+def _parts(workers: Iterable[int], others: Mapping[Part, int | None]) -> Iterator[tuple[Part, int]]:
     yield Part.SUPERVISOR, os.getpid()
+    yield from ((part, pid) for part, pid in others.items() if pid is not None)
     for worker in workers:
         yield Part.WORKER, worker
         yield from ((Part.INSPECTOR, child) for child in _children(worker))

@@ -34,7 +34,7 @@ class InForce:
 
     def told(self) -> Sent:
         """How a worker is told to judge by it."""
-        return Judge(self.report.generation, self.report.inspects), duplicate(self.policy)
+        return Judge(self.report.generation, self.report.inspects, self.report.http2), duplicate(self.policy)
 
 
 class Reloads:

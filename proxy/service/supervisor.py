@@ -13,6 +13,7 @@ import platform
 import ssl
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version as version_of
@@ -21,11 +22,15 @@ from typing import TYPE_CHECKING
 from proxy.child import memory
 from proxy.config import Config, OnLogFailure, SocketAddress
 from proxy.config.document import to_document
+from proxy.identity import Change
 from proxy.issuing import DAY_S, reminder
+from proxy.kubernetes.watching import Cluster
 from proxy.log.target import share_turns
 from proxy.metrics.meter import Counts, Number, Totals, merge
-from proxy.metrics.table import METRICS
+from proxy.metrics.table import METRICS, Part
+from proxy.opener.host import OpenerProcess
 from proxy.options import Unready, say
+from proxy.rings import share_rings
 from proxy.service.compiler import request_for
 from proxy.service.doors import OpenDoor
 from proxy.service.notify import Notifier
@@ -34,7 +39,7 @@ from proxy.service.reloading import Reloads
 from proxy.service.status import ReloadResult, WorkerState
 from proxy.service.watch import Watch
 from proxy.worker.host import Sent, Worker
-from proxy.worker.messages import Configuration, Door, LogTurns, Reopen
+from proxy.worker.messages import Configuration, Door, Leave, LogTurns, LookupRings, Reopen, ToOpener
 
 if TYPE_CHECKING:
     from proxy.service.admin import Admin
@@ -50,16 +55,20 @@ class Supervisor:
         self._config = config
         self._doors = doors
         self._turns = share_turns()
+        self._rings = share_rings(config.workers)
         self._totals = Totals()
         self._processes = Processes()
         self._counts = Counts(self._gauges)
         self._watch = Watch((*config.policy, *config.tags), config.pki)
         self._moved = asyncio.Event()  # some worker is in another state
+        self._cluster = Cluster(config.kubernetes, self._tell_all, say) if config.kubernetes else None
+        review = self._cluster.review if self._cluster else None
         self._workers = [
-            Worker(number, partial(self._introduce, number), self._judge_again, self._moved.set, self._totals)
+            Worker(number, partial(self._introduce, number), self._judge_again, self._moved.set, self._totals, review)
             for number in range(1, config.workers + 1)
         ]
         self._reloads = Reloads(request_for(config), self._workers, self._moved, self._counts)
+        self._opener = OpenerProcess(self._link_all, say) if config.openings else None
         self._admin: Admin | None = None
         self._is_ending = False
         self._notifier = Notifier()
@@ -70,11 +79,17 @@ class Supervisor:
         """Returns when every worker serves. Raises Unready."""
         if self._config.admin and not self._config.admin[1]:  # a port of ours, which no worker may ever dial
             await self._open_admin()
+        if self._cluster:
+            self._cluster.start()
+        if self._opener:
+            self._opener.start()
         for worker in self._workers:
             worker.start()  # it loads its code while the compiler reads the policy
         loading = asyncio.create_task(self._reloads.first())
         try:
             await self._open_admin()
+            if self._opener and (why := await self._opener.first()):
+                raise Unready(why)
             await loading
         finally:
             loading.cancel()
@@ -86,15 +101,31 @@ class Supervisor:
             self._moved.clear()
             await self._moved.wait()
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Replace, reload and answer until `stop` is set."""
+    async def run(self, stop: asyncio.Event, hurry: asyncio.Event) -> None:
+        """Replace, reload and answer until `stop` is set, and while the service stands down, unless `hurry` is."""
         self._notifier.ready(self._shown())
         async with asyncio.TaskGroup() as group:
             works = (self._reloads.run, self._ask_workers, self._watch_files, self._remind, self._say_alive)
             tasks = [group.create_task(work()) for work in works]
+            if self._cluster:
+                tasks.append(group.create_task(self._cluster.run()))
             await stop.wait()
+            await self._stand_down(hurry)
             for task in tasks:
                 task.cancel()
+
+    async def _stand_down(self, hurry: asyncio.Event) -> None:
+        """Not ready, and all doors open: until a balancer has seen it, what it sends here would be refused."""
+        self._is_ending = True
+        self._notifier.stopping()
+        if not self._config.drain_s:
+            return
+        say(f"new connections are to go elsewhere; the doors close in {self._config.drain_s:g} s")
+        for worker in self._workers:
+            worker.tell(Leave())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_s):
+                await hurry.wait()
 
     async def finish(self, hurry: asyncio.Event) -> None:
         """Accept nothing more, let connections end within the grace, or at once after `hurry`. All is recorded then."""
@@ -111,8 +142,13 @@ class Supervisor:
         hurrying.cancel()
         if self._admin:
             await self._admin.close()
+        if self._cluster:
+            self._cluster.close()
+        if self._opener:
+            await self._opener.close()
         self._reloads.close()
         os.close(self._turns)
+        os.close(self._rings)
 
     async def _hurry(self, hurry: asyncio.Event) -> None:
         await hurry.wait()
@@ -138,6 +174,10 @@ class Supervisor:
             await asyncio.sleep(ASK_S)
             for worker in self._workers:
                 worker.ask()
+                if worker.answer and worker.answer.opener_missing:
+                    self._link(worker)
+            if self._opener:
+                self._opener.look()
             if shown != (shown := self._shown()):
                 self._notifier.status(shown)
 
@@ -186,11 +226,32 @@ class Supervisor:
 
     def _introduce(self, number: int) -> Iterator[Sent]:
         yield LogTurns(), open(os.dup(self._turns), "rb")  # noqa: SIM115 - given away
+        rings = open(os.dup(self._rings), "rb")  # noqa: SIM115 - given away
+        yield LookupRings(number - 1, self._config.workers), rings
         config = replace(self._config, admin=self.admin_address or self._config.admin)
         yield Configuration(), memory(json.dumps(to_document(config)).encode(), "configuration")
+        if self._opener and (link := self._opener.link()):
+            yield ToOpener(), link
         for door in self._doors:
-            yield Door(door.kind), door.sockets[number - 1].dup()
+            if number <= len(door.sockets):
+                yield Door(door.kind, door.target), door.sockets[number - 1].dup()
+        if self._cluster:
+            yield from ((change, None) for change in self._cluster.told())
         yield from self._reloads.told()
+        if self._is_ending:
+            yield Leave(), None
+
+    def _link(self, worker: Worker) -> None:
+        if self._opener and worker.pid and (link := self._opener.link()):
+            worker.tell(ToOpener(), link)
+
+    def _link_all(self) -> None:
+        for worker in self._workers:
+            self._link(worker)
+
+    def _tell_all(self, change: Change) -> None:
+        for worker in self._workers:
+            worker.tell(change)
 
     def _judge_again(self, worker: Worker) -> None:
         self._reloads.tell_again(worker)
@@ -205,7 +266,8 @@ class Supervisor:
         """
         if self._is_ending:
             return ["the gate is ending"]
-        return [f"worker {worker.number} {why}" for worker in self._workers if (why := self._unready(worker))]
+        others = [part.unready for part in (self._cluster, self._opener) if part and part.unready]
+        return others + [f"worker {worker.number} {why}" for worker in self._workers if (why := self._unready(worker))]
 
     def _unready(self, worker: Worker) -> str | None:
         if worker.state is None:
@@ -224,6 +286,14 @@ class Supervisor:
             return "has an inspector that keeps ending"
         if worker.answer and worker.answer.inspector_silent:
             return "has an inspector that does not answer"
+        if worker.answer and worker.answer.opener_missing:
+            return "is not linked to the opener"
+        if worker.answer and worker.answer.openings_stale and not self._reloads.is_swapping:
+            return "has not closed yet what an older policy opened"
+        if worker.answer and worker.answer.udp_failing:
+            return "cannot read a socket where datagrams arrive"
+        if worker.answer and worker.answer.unanswered:
+            return f"cannot answer {worker.answer.unanswered}"
         return None
 
     def notes(self) -> list[str]:
@@ -238,13 +308,19 @@ class Supervisor:
             found.append("the issuing CAs cannot be replaced by those of the store; the former stay in force")
         if told := self._reminder():
             found.append(told)
+        if self._cluster:
+            found += self._cluster.notes
         return found
 
     async def metrics(self, openmetrics: bool) -> bytes:
         from proxy.metrics.page import render
 
         pids = [worker.pid for worker in self._workers if worker.pid]
-        counted = merge((self._totals.sum(), self._counts.snapshot(), self._processes.look(pids)))
+        others = {
+            Part.WATCH: self._cluster.pid if self._cluster else None,
+            Part.OPENER: self._opener.pid if self._opener else None,
+        }
+        counted = merge((self._totals.sum(), self._counts.snapshot(), self._processes.look(pids, others)))
         info = {
             "outgate_policy_generation_info": {"generation": self._reloads.generation},
             "outgate_build_info": {
@@ -267,6 +343,10 @@ class Supervisor:
         numbers["outgate_worker_restarts_total"] = sum(worker.restarts for worker in self._workers)
         if self._reloads.in_force:
             numbers["outgate_policy_loaded_timestamp_seconds"] = self._reloads.in_force.loaded
+        if self._cluster:
+            numbers |= self._cluster.gauges()
+        if self._opener:
+            numbers |= self._opener.gauges()
         if self._reloads.issuers:
             numbers["outgate_issuing_expiry_timestamp_seconds"] = self._reloads.issuers.expires
         return numbers

@@ -94,6 +94,18 @@ def needs(data: bytes, max_hello: int = MAX_HELLO) -> int:
     return found if isinstance(found, int) else found[1]
 
 
+def parse_message(message: bytes) -> ClientHello:
+    """The ClientHello that is all of `message`, without records: as QUIC's CRYPTO frames carry it (RFC 9001 4.1.3).
+
+    Raises MalformedHello.
+    """
+    if message[:1] != _CLIENT_HELLO.to_bytes():
+        raise MalformedHello("not a ClientHello")
+    if len(message) < 4 or _missing(message):
+        raise MalformedHello("ends early")
+    return _parse(message[4:], len(message))
+
+
 def render_alert(description: Alert) -> bytes:
     """A fatal alert as a plaintext record, as sent before any key is agreed."""
     return b"\x15\x03\x03\x00\x02\x02" + description.to_bytes()

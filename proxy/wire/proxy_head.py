@@ -21,6 +21,9 @@ MAX_CREDENTIALS = 1024  # characters of base64: combining marks take the square 
 
 _REQUEST_LINE = re.compile(rb"([A-Z]+(?:[-_][A-Z]+)*) ([\x21-\x7e]+) HTTP/1\.([01])\r\n")
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+MAX_TOKEN = 8192  # characters; a service account's has some 1,200
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{2,}\.[A-Za-z0-9_-]{2,}\.[A-Za-z0-9_-]{2,}")  # RFC 7515 7.1
+_BEARER = re.compile(rb"bearer +([A-Za-z0-9._~+/-]+=*)", re.IGNORECASE)
 _AUTHORITY = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^:/?#@\[\]]+)):([1-9][0-9]{0,4})")
 _ABSOLUTE = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#]*)(?:[/?].*)?", re.IGNORECASE)
 _BASIC = re.compile(rb"basic +([A-Za-z0-9+/]+={0,2})", re.IGNORECASE)
@@ -96,6 +99,20 @@ def parse_credentials(value: bytes) -> tuple[str, str] | None:
         return None
     name, colon, password = text.partition(":")
     return (name, password) if colon and name and not _CONTROL.search(text) else None
+
+
+def parse_token(value: bytes) -> str | None:
+    """The signed token (JWT) of a `Bearer` value, or of a `Basic` one as its password, whatever the name: many clients
+    can do no other. None: there is none."""
+    text = ""
+    if (found := _BEARER.fullmatch(value)) and len(found[1]) <= MAX_TOKEN:
+        text = found[1].decode("ascii")
+    elif (found := _BASIC.fullmatch(value)) and len(found[1]) <= 2 * MAX_TOKEN and len(found[1]) % 4 == 0:
+        try:
+            text = a2b_base64(found[1], strict_mode=True).decode("ascii").partition(":")[2]
+        except (NotBase64, UnicodeDecodeError):
+            return None
+    return text if len(text) <= MAX_TOKEN and _TOKEN.fullmatch(text) else None
 
 
 def _read_field(line: bytes) -> tuple[bytes, bytes]:

@@ -6,13 +6,14 @@ What a worker is told is the supervisor's business, what it does with it the wor
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from signal import Signals
 from time import monotonic
 
 from proxy import child
 from proxy.channel import Carried, Channel
 from proxy.child import BackOff, Child
+from proxy.kubernetes.watching import ReviewFailed
 from proxy.metrics.meter import Totals
 from proxy.options import say
 from proxy.service.status import WorkerState
@@ -23,6 +24,8 @@ from proxy.worker.messages import (
     Judging,
     Question,
     Refused,
+    Review,
+    Reviewed,
     Said,
     Signing,
     Told,
@@ -56,6 +59,7 @@ class Worker:
     retry         asked to send the policy in force, unless the process judges by it
     changed       told that the state, the answer, or what is in force here is another
     totals        what every process counted, also those that are gone
+    review        gives whose a token is; raises ReviewFailed
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Worker:
         retry: Callable[[Worker], None],
         changed: Callable[[], None],
         totals: Totals,
+        review: Callable[[str], Awaitable[str | None]] | None = None,
     ) -> None:
         self.number = number
         self.state: WorkerState | None = None
@@ -78,6 +83,8 @@ class Worker:
         self._retry = retry
         self._changed = changed
         self._totals = totals
+        self._review = review
+        self._reviews: set[asyncio.Task[None]] = set()
         self._back_off = BackOff(FIRST_PAUSE_S, LONGEST_PAUSE_S, SETTLED_S)
         self._child: Child | None = None
         self._channel: Channel | None = None
@@ -163,8 +170,21 @@ class Worker:
                 self._asked = None
                 self.answer = answer
                 self._totals.see(self.pid, answer.counted)
+            case Review(number, token):
+                review = asyncio.get_running_loop().create_task(self._answer_review(number, token))
+                self._reviews.add(review)
+                review.add_done_callback(self._reviews.discard)
             case Failed(why):
                 self.failure = why
+
+    async def _answer_review(self, number: int, token: str) -> None:
+        try:
+            if self._review is None:
+                raise ReviewFailed("no cluster is watched")
+            answer = Reviewed(number, await self._review(token))
+        except ReviewFailed as error:
+            answer = Reviewed(number, failure=str(error))
+        self.tell(answer)
 
     def _ended(self) -> None:
         self._lose(None)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from proxy.channel import Channel
 from proxy.child import raise_descriptor_limit
 from proxy.config import DoorKind
+from proxy.identity import Change
+from proxy.rings import Rings
 from proxy.worker.messages import (
     Configuration,
     Door,
@@ -24,14 +26,18 @@ from proxy.worker.messages import (
     Finish,
     Judge,
     Judging,
+    Leave,
     LogTurns,
+    LookupRings,
     Question,
     Refused,
     Reopen,
+    Reviewed,
     Said,
     Sign,
     Signing,
     Told,
+    ToOpener,
     from_bytes,
     to_bytes,
 )
@@ -57,6 +63,7 @@ class _Worker:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._turns: int | None = None
+        self._rings: Rings | None = None
         self._serving: Serving | None = None
         self._orders: asyncio.Queue[tuple[Judge | Sign, int | None]] = asyncio.Queue()
         self._ending = asyncio.Event()
@@ -83,23 +90,34 @@ class _Worker:
         match message:
             case LogTurns():
                 self._turns = descriptor
+            case LookupRings(own, count) if descriptor is not None:
+                self._rings = Rings(descriptor, own, count)
             case Configuration() if descriptor is not None:
                 from proxy.config.document import from_document  # here: what fails to load can be told as well
                 from proxy.worker.wiring import Serving
 
                 with open(descriptor, "rb") as file:
-                    self._serving = Serving(from_document(json.load(file)), self._turns)
-            case Door(kind) if descriptor is not None and self._serving:
-                self._serving.add_door(socket.socket(fileno=descriptor), DoorKind(kind))
+                    self._serving = Serving(from_document(json.load(file)), self._turns, self._say, self._rings)
+            case Door(kind, target) if descriptor is not None and self._serving:
+                self._serving.add_door(socket.socket(fileno=descriptor), DoorKind(kind), target)
+            case ToOpener() if self._serving:
+                if descriptor is not None:  # else connections have taken all there are: it is sent again
+                    self._serving.link(socket.socket(fileno=descriptor))
+            case Reviewed() if self._serving:
+                self._serving.heed_review(message)
+            case Change() if self._serving:
+                self._serving.know(message)
             case Judge() | Sign() if self._serving:
                 self._orders.put_nowait((message, descriptor))
             case Question() if self._serving:
                 self._say(self._serving.answer())
             case Reopen() if self._serving:
                 self._serving.reopen_log()
+            case Leave() if self._serving:
+                self._serving.leave()
             case Finish(grace_s):
                 self._finish(grace_s)
-            case Question() | Reopen():
+            case Question() | Reopen() | Leave():
                 pass  # nothing serves yet
             case _:
                 raise ValueError(f"{type(message).__name__} came without what belongs to it")

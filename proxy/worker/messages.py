@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import orjson
 
+from proxy.identity import Change
 from proxy.metrics.meter import Snapshot
 
 # --- from the supervisor ---
@@ -23,10 +24,24 @@ class LogTurns:
 
 
 @dataclass(frozen=True, slots=True)
+class LookupRings:
+    """With it comes the memory in which every worker leaves what it told workloads (`rings.share_rings`)."""
+
+    own: int  # the ring of this worker
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Door:
-    """With it comes a listening socket, or one that takes DNS questions as datagrams."""
+    """With it comes a listening socket, or one that takes datagrams; `target` as `config.Door` has it."""
 
     kind: str  # a `config.DoorKind`
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToOpener:
+    """With it comes a socket to the opener, in place of any before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +49,12 @@ class Judge:
     """Judge by another policy from now on; the first lets connections in. With it comes what the compiler wrote.
 
     inspects  a rule ends TLS
+    http2     one gives clients HTTP/2
     """
 
     generation: str
     inspects: bool
+    http2: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +74,23 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Reopen:
     """The log file was moved away: write to a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reviewed:
+    """Whose token it is; None: nobody's.
+
+    failure  why nobody has said
+    """
+
+    number: int
+    user: str | None = None
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The gate ends soon: ask clients to go elsewhere with what they ask next. The doors stay open until `Finish`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +126,14 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Review:
+    """Whose token is it? The answer has the same number."""
+
+    number: int
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """It cannot start, and ends."""
 
@@ -106,19 +148,42 @@ class Answer:
     inspector_failing  what inspects ended several times in a row
     counted            since it was started
     inspector_silent   what inspects does not answer
+    udp_failing        a socket where datagrams arrive cannot be read
+    unanswered         what workloads ask and cannot be told, with why: `DNS (OSError)`
+    opener_missing     no socket to the opener came
+    openings_stale     what another policy does not admit may still be open
     """
 
     log_failing: bool
     inspector_failing: bool
     counted: Snapshot
     inspector_silent: bool = False
+    udp_failing: bool = False
+    unanswered: str = ""
+    opener_missing: bool = False
+    openings_stale: bool = False
 
 
-type Told = LogTurns | Configuration | Door | Sign | Judge | Question | Reopen | Finish
-type Said = Signing | Judging | Refused | Failed | Answer
+type Told = (
+    Change
+    | LogTurns
+    | LookupRings
+    | Configuration
+    | Door
+    | ToOpener
+    | Sign
+    | Judge
+    | Question
+    | Reopen
+    | Reviewed
+    | Leave
+    | Finish
+)
+type Said = Review | Signing | Judging | Refused | Failed | Answer
 
 _KINDS = (
-    LogTurns, Configuration, Door, Sign, Judge, Question, Reopen, Finish, Signing, Judging, Refused, Failed, Answer,
+    Change, Review, Reviewed, LogTurns, LookupRings, Configuration, Door, ToOpener, Sign, Judge, Question, Reopen,
+    Leave, Finish, Signing, Judging, Refused, Failed, Answer,
 )  # fmt: skip
 _BY_NAME: dict[str, Callable[..., Told | Said]] = {kind.__name__: kind for kind in _KINDS}
 

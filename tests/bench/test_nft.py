@@ -8,9 +8,9 @@ from itertools import count
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from policies.addresses import Address
+from proxy.elements import Element, Opening, open_text, restore_text
 from proxy.layout import read_layout
-from proxy.nft import Library, Opening, Program, open_element, restore
+from proxy.nft import Library, Program
 from proxy.ruleset import render
 from tests.proxy.kernel_rules import NEEDS_ROOT, in_namespace
 
@@ -21,17 +21,17 @@ OPEN_ALREADY = 10_000
 
 @pytest.mark.parametrize("nft", [Library, Program])
 def test_an_element_is_opened(benchmark: BenchmarkFixture, nft: type[Library] | type[Program]) -> None:
-    def address(number: int) -> Address:
-        return ip_address(0x0A000000 + number)
+    def element(number: int) -> Element:
+        return Element(ip_address("10.1.0.7"), ip_address(0x0A000000 + number), "tcp", 22)
 
     with in_namespace("br0"):
         made = nft()
         made.run(render(read_layout("gateway", {}, {})))
-        made.run(restore(Opening(address(number), "tcp", 22, 600, 600) for number in range(OPEN_ALREADY)))
+        made.run(restore_text(Opening(element(number), 600, 600) for number in range(OPEN_ALREADY)))
         numbers = count(OPEN_ALREADY)
 
         def run() -> None:
-            open_element(made, address(next(numbers)), "tcp", 22, 600)
+            made.run(open_text({element(next(numbers)): 600}))
 
         benchmark.pedantic(run, rounds=50, warmup_rounds=1)  # type: ignore[no-untyped-call]  # it has no types
         benchmark.extra_info["goal_s"] = GOAL_S

@@ -11,11 +11,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from ipaddress import ip_address
 from pathlib import Path
 
+from proxy.elements import Element, Transport, close_text, open_text
 from proxy.firewall import apply
 from proxy.layout import read_words
-from proxy.nft import Library
+from proxy.nft import Library, Nft
 from tests.end_to_end.namespaces import Namespaces, machines
 from tests.end_to_end.placed import Origin, origin
 from tests.end_to_end.world import OUTGATE
@@ -146,7 +148,7 @@ def a_gateway(*, one_armed: bool = False) -> Iterator[Lab]:
         net.address("gateway", "br0", f"{NEAR4}/24", f"{NEAR6}/64")
         net.address("work", "eth0", f"{WORK4}/24", f"{WORK6}/64")
         net.default("work", NEAR4, NEAR6)
-        _far_side(net, "gateway", "br0" if one_armed else "out")
+        far_side(net, "gateway", "br0" if one_armed else "out")
         yield Lab(net, "gateway", directory, stack)
 
 
@@ -162,17 +164,30 @@ def a_pod() -> Iterator[Lab]:
         net.address("pod", "eth0", f"{WORK4}/24", f"{WORK6}/64")
         net.default("pod", NEAR4, NEAR6)
         net.forward("pod")  # as in a container, which inherits it
-        _far_side(net, "router", "out")
+        far_side(net, "router", "out")
         yield Lab(net, "router", directory, stack)
 
 
-def _far_side(net: Namespaces, router: str, device: str) -> None:
+def far_side(net: Namespaces, router: str, device: str) -> None:
     net.address(router, device, f"{OUT4}/24", f"{OUT6}/64")
     net.address("origin", "wire", f"{FAR4}/24", f"{FAR6}/64")
     net.address("origin", "lo", f"{ORIGIN4}/32", f"{ORIGIN6}/128")
     net.default("origin", OUT4, OUT6)
     net.default(router, FAR4, FAR6)
     net.forward(router)
+
+
+def open_for_work(nft: Nft, address: str, protocol: Transport, port: int, time_s: float) -> None:
+    """Let `work` past the gate to this."""
+    nft.run(open_text({_of_work(address, protocol, port): time_s}))
+
+
+def close_for_work(nft: Nft, address: str, protocol: Transport, port: int) -> None:
+    nft.run(close_text([_of_work(address, protocol, port)]))
+
+
+def _of_work(address: str, protocol: Transport, port: int) -> Element:
+    return Element(ip_address(WORK6 if ":" in address else WORK4), ip_address(address), protocol, port)
 
 
 def ipv4(source: str, target: str, protocol: int, body: bytes) -> bytes:

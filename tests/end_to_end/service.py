@@ -36,7 +36,7 @@ def eventually[T](look: Callable[[], T | None], what: str) -> T:
 class Service:
     """A gate in proxy mode on loopback, up while the context is open. `said` is what it tells whoever started it."""
 
-    def __init__(self, directory: Path, policy: str | Path, *options: str) -> None:
+    def __init__(self, directory: Path, policy: str | Path, *options: str, workload: str | None = "app") -> None:
         self.policy = policy if isinstance(policy, Path) else directory / "policy.yaml"
         if isinstance(policy, str):
             self.policy.write_text(policy)
@@ -45,8 +45,9 @@ class Service:
         self._seen: set[int] = set()
         command = [
             str(OUTGATE), "serve", "--mode", "proxy", "--proxy-listen", "127.0.0.1:0", "--admin", "127.0.0.1:0",
-            "-p", str(self.policy), "-w", "app", "--log", str(self.log), *options,
+            "-p", str(self.policy), "--log", str(self.log), *options,
         ]  # fmt: skip
+        command += ["-w", workload] if workload else []
         self.process = subprocess.Popen(command, cwd=directory, stderr=subprocess.PIPE, text=True, env=_CLEAN)
         self._listening = threading.Thread(target=self._listen, daemon=True)
         self._listening.start()

@@ -411,7 +411,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     subprocess.run([str(OUTGATE), "pki", "init", "--pki", "pki"], cwd=directory, check=True, capture_output=True)
     trust = b"".join(path.read_bytes() for path in (directory / "pki").rglob("*.crt"))
     options = ["--pki", "pki", "--upstream-ca", "origin.pem", *leads_to(HOST, ("127.0.0.1", origin.port))]
-    with Service(directory, HEAD + f"      - {{host: {HOST}, tls: inspect}}\n", *options) as it:
+    with Service(directory, HEAD + f"      - {{host: {HOST}, tls: inspect, http2: true}}\n", *options) as it:
         yield Site(it, ssl.create_default_context(cadata=trust.decode()))
     origin.close()
 

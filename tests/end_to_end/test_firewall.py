@@ -19,7 +19,6 @@ from ipaddress import ip_address
 
 import pytest
 
-from proxy.nft import close_element, open_element
 from proxy.original_dst import redirected_dst
 from tests.end_to_end.firewalled import (
     GATE_PORT,
@@ -46,9 +45,11 @@ from tests.end_to_end.firewalled import (
     Lab,
     a_gateway,
     a_pod,
+    close_for_work,
     family_of,
     ipv4,
     mac_of,
+    open_for_work,
     udp,
 )  # fmt: skip
 from tests.end_to_end.origin import BANNER
@@ -123,7 +124,7 @@ def test_metadata_is_refused_before_anything_can_lead_it_elsewhere(ruled: Lab, a
     stolen = f"{family} daddr {address} meta l4proto tcp redirect to :8181"
     ruled.net.rules("gateway", anothers("type nat hook prerouting priority dstnat - 50", stolen))
     nft = ruled.nft("gateway")
-    open_element(nft, ip_address(address), "tcp", 80, 60)
+    open_for_work(nft, address, "tcp", 80, 60)
     before = ruled.counted("gateway", "never_reached")
     try:
         with ruled.listener("gateway", "::", GATE_PORT) as door, ruled.listener("gateway", "::", 8181) as agent:
@@ -174,10 +175,10 @@ def test_what_else_this_machine_routes_is_not_touched(ruled: Lab) -> None:
 @FAMILIES
 def test_what_is_opened_is_reached_past_the_gate_and_nothing_beside_it(ruled: Lab, address: str) -> None:
     nft = ruled.nft("gateway")
-    open_element(nft, ip_address(address), "tcp", 22, 60)
+    open_for_work(nft, address, "tcp", 22, 60)
     with ruled.connect("work", address, 22) as sock:
         assert sock.recv(100) == BANNER
-        close_element(nft, ip_address(address), "tcp", 22)
+        close_for_work(nft, address, "tcp", 22)
         assert ruled.refusal_of_tcp("work", address, 22) in REFUSED
         sock.sendall(b"still")  # what is established goes on
         assert sock.recv(100)
@@ -194,7 +195,7 @@ def bracketed(address: str) -> str:
 @FAMILIES
 def test_what_is_opened_closes_with_its_time(ruled: Lab, address: str) -> None:
     nft = ruled.nft("gateway")
-    open_element(nft, ip_address(address), "tcp", 22, 1)
+    open_for_work(nft, address, "tcp", 22, 1)
     ruled.connect("work", address, 22).close()
     eventually(lambda: ruled.refusal_of_tcp("work", address, 22) in REFUSED, "it closes")
     nft.close()
@@ -207,7 +208,7 @@ def test_datagrams_that_are_opened_leave_with_the_source_that_the_flag_says(
 ) -> None:
     ruled.apply("gateway", *GATEWAY, *([] if masquerade else ["--no-masquerade"]))
     nft = ruled.nft("gateway")
-    open_element(nft, ip_address(address), "udp", 9000, 60)
+    open_for_work(nft, address, "udp", 9000, 60)
     with ruled.datagrams("origin", address, 9000) as far, ruled.datagrams("work", "::", 0) as near:
         near.sendto(b"question", (mapped(address), 9000))
         message, peer = far.recvfrom(100)
@@ -232,7 +233,7 @@ def mapped(address: str) -> str:
 def test_another_application_loses_nothing_and_opens_nothing(ruled: Lab) -> None:
     """A carried flow and one to the gate go on, while forbidden datagrams are tried all the time."""
     nft = ruled.nft("gateway")
-    open_element(nft, ip_address(ORIGIN4), "tcp", 22, 600)
+    open_for_work(nft, ORIGIN4, "tcp", 22, 600)
     over = threading.Event()
 
     def try_to_get_out() -> None:
@@ -437,7 +438,7 @@ def test_a_gateway_with_one_device_knows_workloads_by_their_source() -> None:
             "gateway", "apply", *flags, "--workload-subnet", "10.77.1.0/24", "--workload-subnet", "fd77:1::/64"
         )
         nft = lab.nft("gateway")
-        open_element(nft, ip_address(ORIGIN4), "tcp", 22, 60)
+        open_for_work(nft, ORIGIN4, "tcp", 22, 60)
         lab.origin.look()
         with lab.listener("gateway", "::", GATE_PORT) as door:
             for address in (ORIGIN4, ORIGIN6):
@@ -493,7 +494,7 @@ def test_a_docker_networks_own_rules_stay_and_ours_come_first(gateway: Lab) -> N
         with door, gateway.connect("work", OUT4, 8080), door.accept()[0] as met:
             assert redirected_dst(met) == (ip_address(OUT4), 8080)
         nft = gateway.nft("gateway")
-        open_element(nft, ip_address(ORIGIN4), "tcp", 22, 60)
+        open_for_work(nft, ORIGIN4, "tcp", 22, 60)
         with gateway.connect("work", ORIGIN4, 22) as sock:
             assert sock.recv(100) == BANNER
         nft.close()

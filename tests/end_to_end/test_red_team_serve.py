@@ -212,7 +212,7 @@ def test_an_admin_port_that_the_kernel_chose_is_not_reached_through_the_gate(tmp
 
 def test_an_inspector_that_hangs_turns_readiness_red(tmp_path: Path) -> None:
     subprocess.run([str(OUTGATE), "pki", "init", "--pki", "pki"], cwd=tmp_path, check=True, capture_output=True)
-    with Service(tmp_path, HEAD + PLAIN, "--pki", "pki") as it:
+    with Service(tmp_path, HEAD + PLAIN, "--pki", "pki", "--http-host", "mitmproxy") as it:
         assert denied(it) == 403
         [worker] = it.workers()
         [inspector] = children(worker)

@@ -43,8 +43,6 @@ def outgate(
 # --- the command line and the files that it names
 
 TWO = POLICY + "  other: {}\n"
-UDP = POLICY + "      - udp: {host: media.example, ports: [443], budget: 1MiB/h}\n"
-POOL = POLICY + "      - {host: pool.example, tls: inspect, upstreamPool: true}\n"
 TYPO = POLICY.replace("allow:", "alow:")
 
 REFUSED: dict[str, tuple[Mapping[str, str | bytes], list[str], str]] = {
@@ -62,8 +60,6 @@ REFUSED: dict[str, tuple[Mapping[str, str | bytes], list[str], str]] = {
     "a host with a name as address": (GOOD, ["-p", "policy.yaml", "--host", "a.example=b"], r'"b" is not an address'),
     "a port too large": (GOOD, ["-p", "policy.yaml", "--host", "a=1.2.3.4:70000"], r'"70000" is not a port'),
     "no authority": (GOOD, ["-p", "policy.yaml", "--pki", "pki"], r"pki.*outgate pki init"),
-    "a budget not served": ({"policy.yaml": UDP}, ["-p", "policy.yaml"], r"policy\.yaml:9:\d+: budget is not served"),
-    "a pool": ({"policy.yaml": POOL}, ["-p", "policy.yaml"], r"policy\.yaml:9:\d+: upstreamPool is not served"),
     "service tags that are none": (GOOD, ["-p", "policy.yaml", "--tags", "policy.yaml"], r"policy\.yaml:.*JSON"),
     "no policy": (GOOD, [], r"Missing option '-p'"),
     "an unknown option": (GOOD, ["-p", "policy.yaml", "--hots", "x"], r"No such option.*--hots"),

@@ -25,7 +25,7 @@ REFUSED: dict[str, tuple[str, list[str], int, str]] = {
     "not YAML": ("version: [1", LISTEN, 3, r"policy\.yaml:2:1: not YAML: "),
     "no authority named": (INSPECTED, LISTEN, 3, r"policy\.yaml:5 \(app/rules\[0\]\) is inspected: .*--pki DIR"),
     "no authority there": (INSPECTED, [*LISTEN, "--pki", "pki"], 3, r"pki.*outgate pki init"),
-    "pods": (PODS, LISTEN, 3, r"policy\.yaml:4:\d+: match: kubernetes is not served .*; use match: address, or -w"),
+    "pods": (PODS, LISTEN, 3, r"policy\.yaml:4:\d+: match: kubernetes needs .* --kubernetes in-cluster"),
     "a log that cannot be written": (PASSED, [*LISTEN, "--log", "no/where"], 3, r"--log \S*/no/where: No such file"),
 }  # fmt: skip
 

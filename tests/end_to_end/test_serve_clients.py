@@ -36,7 +36,7 @@ workloads:
   app:
     match: {{address: [{CLIENT}/32]}}
     rules:
-      - {{host: api.example, tls: inspect, allow: ["GET,POST /**"], deny: ["* /secret/**"]}}
+      - {{host: api.example, tls: inspect, http2: true, allow: ["GET,POST /**"], deny: ["* /secret/**"]}}
       - {{host: grpc.example, tls: inspect, allow: ["POST /weather.Forecast/**"], deny: ["* /weather.Forecast/Secret"]}}
       - {{host: sockets.example, tls: inspect, upgrade: [websocket]}}
 """

@@ -33,7 +33,7 @@ workloads:
   build:
     match: {user: build}
     rules:
-      - {host: api.example, tls: inspect, allow: ["GET /bytes/**"]}
+      - {host: api.example, tls: inspect, http2: true, allow: ["GET /bytes/**"]}
       - {host: index.example}
       - {host: one.example, ports: [80]}
       - {host: two.example, ports: [80], allow: ["GET /public/**"]}

@@ -37,7 +37,7 @@ workloads:
     match: {user: app}
     rules:
       - tcp: "echo.test:7"
-      - {host: api.test, tls: inspect, allow: ["GET /search"]}
+      - {host: api.test, tls: inspect, http2: true, allow: ["GET /search"]}
 """
 CARRIES = "version: 1\nworkloads: {app: {match: {address: [10.0.0.0/8]}, rules: [{tcp: 'echo.test:7'}]}}\n"
 SERVE = [str(OUTGATE), "serve", "--mode", "proxy", "-p", "policy.yaml", "--proxy-listen", "127.0.0.1:0"]

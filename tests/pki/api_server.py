@@ -1,7 +1,8 @@
-"""A stand-in for the Kubernetes API server, over real HTTP: what the distribution job asks of one, and its ill days.
+"""A stand-in for the Kubernetes API server, over real HTTP: what we ask of one, and its ill days.
 
-Namespaces, ConfigMaps and ClusterTrustBundles with resourceVersions; lists with selectors and pages; watches with
-selectors, bookmarks and expiry; server-side apply with field managers and conflicts; tokens; RBAC; faults on order.
+Namespaces, ConfigMaps, ClusterTrustBundles and pods with resourceVersions; lists with selectors and pages; watches with
+selectors, bookmarks and expiry; server-side apply with field managers and conflicts; TokenReview; tokens; RBAC; faults
+on order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ import yaml
 type Object = dict[str, Any]  # Any: JSON, as a server finds it
 type Leaves = dict[tuple[str, ...], str]
 
-KINDS = {"namespaces": "Namespace", "configmaps": "ConfigMap", "clustertrustbundles": "ClusterTrustBundle"}
+KINDS = {
+    "namespaces": "Namespace", "configmaps": "ConfigMap", "clustertrustbundles": "ClusterTrustBundle", "pods": "Pod",
+    "secrets": "Secret",
+}  # fmt: skip
+REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"
 MAX_WAIT_S = 60.0
 
 _PATH = re.compile(
@@ -103,6 +108,7 @@ class ApiServer:
         self.tokens: set[str] = {"token"}
         self.rules: list[tuple[str | None, Object]] | None = None  # namespace (None: all) and RBAC rule
         self.trust_bundle_versions: Sequence[str] = ("v1",)
+        self.reviewed: dict[str, Object] = {}  # what a TokenReview of each token says: its status
         self.expired_as_event = True
         self._objects: dict[tuple[str, str, str], Object] = {}
         self._owners: dict[tuple[str, str, str], dict[str, set[tuple[str, ...]]]] = {}
@@ -187,6 +193,31 @@ class ApiServer:
     def delete(self, resource: str, namespace: str, name: str) -> None:
         with self.changed:
             self._remove(resource, namespace, name)
+
+    def add_pod(
+        self,
+        namespace: str,
+        name: str,
+        *addresses: str,
+        account: str = "default",
+        labels: Mapping[str, str] | None = None,
+        phase: str = "Running",
+        on_host: bool = False,
+        **metadata: object,
+    ) -> None:
+        """A pod, new or in place of the one of that name. `metadata`: more of it."""
+        running = [{"name": "app", "state": {"running": {}}}]
+        content = {
+            "metadata": {"name": name, "labels": dict(labels or {}), **metadata},
+            "spec": {"serviceAccountName": account, "containers": [{"name": "app"}], "hostNetwork": on_host},
+            "status": {"phase": phase, "podIPs": [{"ip": one} for one in addresses], "containerStatuses": running},
+        }
+        with self.changed:
+            self._store("pods", namespace, name, content)
+
+    def uid(self, namespace: str, name: str) -> str:
+        with self.changed:
+            return str(self._objects["pods", namespace, name]["metadata"]["uid"])
 
     def config_map(self, namespace: str, name: str = "outgate-trust") -> Object:
         """Raises KeyError where there is none."""
@@ -275,6 +306,9 @@ class ApiServer:
         if found := re.fullmatch(r"/apis/certificates\.k8s\.io/(v\w+)", asked.path):
             bundles = [{"name": "clustertrustbundles"}] if found[1] in self.trust_bundle_versions else []
             return 200, {"kind": "APIResourceList", "resources": [{"name": "certificatesigningrequests"}, *bundles]}
+        if (asked.method, asked.path) == ("POST", REVIEWS):
+            self._authorize("create", "tokenreviews", "", "")
+            return 201, self._review(json.loads(asked.body))
         resource, namespace, name = self._locate(asked)
         self._authorize(_verb(asked, name), resource, namespace, name or _name_selected(asked))
         match asked.method:
@@ -320,6 +354,12 @@ class ApiServer:
             line = json.dumps({"type": kind, "object": _shown(asked, told)}, ensure_ascii=False)
             lines.append(line.encode() + b"\n")
         return lines, len(self._log)
+
+    def _review(self, asked: Object) -> Object:
+        status = self.reviewed.get(asked["spec"]["token"], {"authenticated": False})
+        if status.get("audiences") and not set(status["audiences"]) & set(asked["spec"]["audiences"]):
+            status = {"authenticated": False, "error": "token audiences are invalid for the target audiences"}
+        return {**asked, "status": status}
 
     def _locate(self, asked: Asked) -> tuple[str, str, str]:
         found = _PATH.fullmatch(asked.path)
@@ -473,7 +513,7 @@ class _Connection(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_PATCH = do_DELETE = do_GET
+    do_PATCH = do_DELETE = do_POST = do_GET
 
     def log_message(self, *_: object) -> None:
         """Not on the terminal of a test."""
@@ -589,12 +629,16 @@ def _verb(asked: Asked, name: str) -> str:
 
 
 def _name_selected(asked: Asked) -> str:
-    return asked.query.get("fieldSelector", "").removeprefix("metadata.name=")
+    selector = asked.query.get("fieldSelector", "")
+    return selector.removeprefix("metadata.name=") if "!=" not in selector else ""
 
 
 def _matches(asked: Asked, found: Object) -> bool:
     name, labels = _name_selected(asked), found["metadata"].get("labels", {})
     if name and found["metadata"]["name"] != name:
+        return False
+    over = re.findall(r"status\.phase!=(\w+)", asked.query.get("fieldSelector", ""))
+    if found.get("status", {}).get("phase") in over:
         return False
     return all(_has(labels, term) for term in asked.query.get("labelSelector", "").split(",") if term)
 

@@ -11,8 +11,12 @@ from tests.policies.trees import read_python
 NEEDS: Mapping[str, Mapping[str, object]] = {
     "listen": {"mode": "gateway"},
     "dnsSearch": {"dns_listen": ("127.0.0.1:0",)},
+    "openings": {"dns_listen": ("127.0.0.1:0",)},
     "credentials": {"proxy_listen": ("127.0.0.1:0",)},
     "proxyProtocolFrom": {"proxy_listen": ("127.0.0.1:0",)},
+    "kubernetes.onStale": {"kubernetes_api": "in-cluster"},
+    "kubernetes.staleS": {"kubernetes_api": "in-cluster"},
+    "kubernetes.tokenAudience": {"kubernetes_api": "in-cluster", "proxy_listen": ("127.0.0.1:0",)},
     "upstreamProxy.credentials": {"upstream_proxy_url": "http://proxy.example:1"},
     "upstreamProxy.direct": {"upstream_proxy_url": "http://proxy.example:1"},
     "limits.maxPerSource": {"limits_max_connections": "100000"},
@@ -39,6 +43,8 @@ def texts(key: ConfigKey) -> list[str]:
                 for name, targets in hosts.items()
                 for target in (targets if isinstance(targets, list) else [targets])
             ]
+        case bool(flag):
+            return [str(flag).lower()]
         case list() as several:
             return [str(one) for one in several]
         case one:

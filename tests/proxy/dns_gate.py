@@ -23,7 +23,7 @@ from proxy.hosts import HostsEntry
 from proxy.lookups import Lookups
 from proxy.record import Record
 from proxy.relays.dns import DnsLimits, DnsRelay
-from proxy.relays.dns_budget import NewNames
+from proxy.relays.dns_budget import Budget, NewNames
 from proxy.resolver import Resolver
 from proxy.wire.dns import A
 from tests.proxy.nameserver import Nameserver, Received, Script, serving, wire, zone
@@ -115,7 +115,8 @@ async def gate(
             lookups,
             records.append,
             workload=partial(identify, loaded),
-            new_names=new_names,
+            standing=lambda: (loaded, None),
+            budget=Budget(new_names or NewNames(), clock, is_ours=resolver.is_ours),
             search=[Hostname(domain) for domain in search],
             limits=limits,
             clock=clock,

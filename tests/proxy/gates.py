@@ -26,6 +26,7 @@ from proxy.limits import Limits
 from proxy.listener import Listener
 from proxy.original_dst import OriginalDst
 from proxy.record import Record
+from proxy.relays.dns_budget import Budget, NewNames
 from proxy.resolver import NameNotFound, Resolution
 from proxy.upstream_proxy import SiteProxy
 
@@ -203,6 +204,7 @@ def gate(
     is_own: Callable[[Address, int], bool] | None = None,
     dialled: Callable[[float, Reason | None], None] | None = None,
     identify: Identify | None = None,
+    budget: Budget | None = None,
 ) -> Iterator[Gate]:
     """A gate for `workload`; clients seem to have asked for DESTINATION and `port`, which lookups of `told` gave.
 
@@ -227,6 +229,7 @@ def gate(
             lambda: Listener(
                 loop.epoll,
                 original_dst=original_dst,
+                exceeded=(budget or Budget(NewNames(), time.monotonic)).exceeded,
                 identify=identify or (lambda address, user: workload),
                 expect=lambda workload, port: expect(policy, workload, port),
                 carries_plain=lambda workload, port: carries_plain(policy, workload, port),

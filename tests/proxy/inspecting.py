@@ -11,8 +11,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -20,13 +22,22 @@ import trustme
 
 from pki.authority import Authority, certificates_pem, create_authority
 from pki.issuers import issuers_text
+from policies.engine import admit
 from policies.hostnames import parse_hostname
 from policies.load import Source
 from proxy.compiled import write_policy
+from proxy.epoll import Epoll
+from proxy.hosts import HostsEntry
 from proxy.inspector import Bounds, Configuration, Handover, Inspector
 from proxy.inspector.wiring import wire
+from proxy.lane import Lane
+from proxy.limits import Limits
 from proxy.policy_files import load_sources
+from proxy.policy_in_force import PolicyInForce
 from proxy.record import Record, new_id
+from proxy.relays.stream import Pipes
+from proxy.resolver import Resolver
+from proxy.way_out import Exit
 from proxy.wire.client_hello import parse_hello
 
 HOST = "weather.test"
@@ -42,17 +53,23 @@ workloads:
       - host: {HOST}
         ports: [80, 443]
         tls: inspect
+        http2: true
         name: weather
         allow: ["GET,HEAD,POST,PUT /search/**", "GET /slashes/**"]
         deny: ["* /search/secret/**"]
       - host: other.test
         ports: [80, 443]
         tls: inspect
+        http2: true
       - host: unresolved.test
         tls: inspect
+        http2: true
       - host: metadata.test
         tls: inspect
+        http2: true
 """
+
+HOST_OF_HTTP: ContextVar[str] = ContextVar("host_of_http", default="mitmproxy")
 
 type Respond = Callable[[bytes, socket.socket], bytes | None]
 
@@ -179,6 +196,7 @@ class Rig:
     refuses: bool = False  # nobody listens where the origin should
     upstream_port: int | None = None  # where the name leads, if not to the origin
     in_process: bool = False  # the real inspector process, else its core on the loop of the test
+    in_lane: bool = field(default_factory=lambda: HOST_OF_HTTP.get() == "lane")
     authority: Authority = field(default_factory=lambda: create_authority(datetime.now(UTC)))
     records: list[Record] = field(default_factory=list)
     failures: list[Exception] = field(default_factory=list)
@@ -235,7 +253,9 @@ class Rig:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
-        if self.in_process:
+        if self.in_lane:
+            self.lane, self.in_force = self._wire_lane()
+        elif self.in_process:
             self.inspector = Inspector(self.configuration, self.compiled, self.records.append, self.log.append)
         else:
             policy = load_sources([Source("p.yaml", self.policy)])
@@ -253,14 +273,31 @@ class Rig:
             for ended in await asyncio.gather(accepting, *tasks, return_exceptions=True):
                 if isinstance(ended, Exception):
                     self.failures.append(ended)
-            (self.inspector if self.in_process else self.core).close()
+            (self.lane if self.in_lane else self.inspector if self.in_process else self.core).close()
             await self._let_go()
+
+    def _wire_lane(self) -> tuple[Lane, PolicyInForce]:
+        configuration = self.configuration()
+        self.epoll = Epoll(self.failures.append)
+        in_force = PolicyInForce(load_sources([Source("p.yaml", self.policy)]), self.workload)
+        hosts = {name: HostsEntry(tuple(map(ip_address, texts)), port) for name, texts, port in configuration.hosts}
+        limits = Limits(dial_s=self.bounds.dial_s)
+        lane = Lane(
+            in_force,
+            Exit(self.epoll, Pipes(), limits, admit, Resolver(hosts, ())),
+            issuing=lambda: configuration.issuing,
+            upstream_ca=configuration.upstream_ca,
+            bounds=self.bounds,
+            record=self.records.append,
+            failed=self.failures.append,
+        )
+        return lane, in_force
 
     async def _let_go(self) -> None:
         """Wait for transports to tell their protocols of the end: a goodbye of TLS takes a turn of its peer."""
         end = self.loop.time() + WAIT_S
         sockets = self.loop._selector.get_map()  # type: ignore[attr-defined]  # asyncio's; one is the loop's own
-        while len(sockets) > 1 and self.loop.time() < end:  # noqa: ASYNC110 - peers are other threads and processes
+        while len(sockets) > 1 + self.in_lane and self.loop.time() < end:  # noqa: ASYNC110 - peers are other threads and processes
             await asyncio.sleep(0.002)
 
     async def _accept(self, listener: socket.socket, tasks: set[asyncio.Task[None]]) -> None:
@@ -286,7 +323,9 @@ class Rig:
             proxied=self.proxied,
             credential=self.credential,
         )
-        if self.in_process:
+        if self.in_lane:
+            self.lane.inspect(sock, handover)
+        elif self.in_process:
             self.inspector.inspect(sock, handover)
         else:
             await self.core.serve(sock, handover)
@@ -314,8 +353,11 @@ class Rig:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.plain:
             return sock
-        context = ssl.create_default_context(cafile=str(self.roots))
-        return context.wrap_socket(sock, server_hostname=host, suppress_ragged_eofs=False)
+        return self.context().wrap_socket(sock, server_hostname=host, suppress_ragged_eofs=False)
+
+    def context(self) -> ssl.SSLContext:
+        """A client's, which trusts our roots."""
+        return ssl.create_default_context(cafile=str(self.roots))
 
     def send(self, request: bytes, *, host: str = HOST) -> Reply:
         """What comes back for these bytes until the gate closes, or has answered one request whole."""

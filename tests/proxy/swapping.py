@@ -21,6 +21,7 @@ from policies.index import Policy
 from policies.tree import Source
 from proxy.compiled import write_policy
 from proxy.hosts import HostsEntry
+from proxy.inspecting import HttpHost
 from proxy.metrics.meter import Totals
 from proxy.original_dst import Destination
 from proxy.policy_files import load_sources
@@ -50,6 +51,7 @@ class Serving:
     policy: str
     workload: str | None = None
     destination: Destination = (DESTINATION, 443)
+    http_host: HttpHost = HttpHost.MITMPROXY
     is_compiled: bool = True  # as in a worker; else the gate writes what its inspector reads, as in `outgate run`
     authority: Authority = field(default_factory=lambda: create_authority(datetime.now(UTC)))
     records: list[Record] = field(default_factory=list)
@@ -84,6 +86,7 @@ class Serving:
             issuing=lambda: issuing,
             compiled=write_policy(policy) if self.is_compiled else None,
             workload=self.workload,
+            http_host=self.http_host,
             hosts={Hostname(INSPECTED): entry, Hostname(CARRIED): entry},
             upstream_ca=str(self._origin_ca),
             nameservers=(),

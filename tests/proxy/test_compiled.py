@@ -87,7 +87,7 @@ def index_of(of: Policy) -> dict[str, object]:
             dict(one.hosts.wildcards),
             one.hosts.closes,
             [
-                (dict(table.names), prefixes(table.prefixes), table.ports, table.prefix_ports)
+                (dict(table.names), prefixes(table.prefixes), table.ports, table.prefix_ports, table.quic_ports)
                 for table in (one.tcp, one.udp)
             ],
             dict(one.ntp),

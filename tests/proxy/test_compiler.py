@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[str, dict[str, object], type[Unready], str]] = {
     "users where nobody can say who it is": (USER, {}, Unready, r"policy\.yaml:4:\d+: match: user needs a gate"),
     "pods": (
         USER.replace("user: ann", "kubernetes: {namespace: app}"), {"has_users": True}, Unready,
-        r"policy\.yaml:4:\d+: match: kubernetes is not served",
+        r"policy\.yaml:4:\d+: match: kubernetes needs a gate that watches",
     ),
     "a budget": (
         HEAD + '      - udp: {host: a.example, ports: [5000], budget: "1/s"}\n', {}, Unready, r"budget",
@@ -135,10 +135,19 @@ def test_rules_of_another_workload_do_not_count(tmp_path: Path) -> None:
     assert not report.inspects
 
 
+@pytest.mark.parametrize(("says", "http2"), [("", False), (", http2: false", False), (", http2: true", True)])
+def test_whether_a_rule_gives_http2_is_told(tmp_path: Path, says: str, http2: bool) -> None:
+    """Only then does a process of mitmproxy's have to be there before the first connection."""
+    path = write(tmp_path, HEAD + f"      - {{host: api.example, tls: inspect{says}}}\n")
+    report, _ = compiled(Request(paths=(path,), pki=new_store(tmp_path)))
+
+    assert (report.inspects, report.http2) == (True, http2)
+
+
 def test_what_stays_closed_is_told(tmp_path: Path) -> None:
     report, _ = compiled(Request(paths=(write(tmp_path, HEAD + RULE + "      - ntp: time.example\n"),)))
 
-    assert report.closed.endswith("policy.yaml:6:9: ntp is not carried by this gate yet: it stays closed")
+    assert "policy.yaml:6:9: ntp is not carried by this gate: it stays closed; `outgate relay` gives" in report.closed
 
 
 def test_a_thousand_problems_are_some_and_how_many_more(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from policies.hostnames import Hostname, Pattern
-from proxy.config import Config, Door, DoorKind, GateMode, OnLogFailure, UpstreamProxy
+from proxy.config import IN_CLUSTER, Config, Door, DoorKind, GateMode, Kubernetes, OnLogFailure, UpstreamProxy
 from proxy.config.key import ConfigKey
 from proxy.config.keys import KEYS
 from proxy.config.reading import near_misses, read_config
@@ -45,6 +45,7 @@ log: log.jsonl
 onLogFailure: deny
 admin: none
 adminToken: token
+drainS: 2.5
 graceS: 0.5
 limits: {maxConnections: 1000, idleS: 60, headS: 3}
 """
@@ -92,6 +93,7 @@ def test_a_file_says_every_key(tmp_path: Path) -> None:
         on_log_failure=OnLogFailure.DENY,
         admin=None,
         admin_token=inside("token"),
+        drain_s=2.5,
         grace_s=0.5,
         limits=Limits(max_connections=1000, max_per_source=500, idle_s=60),
         bounds=Bounds(connections=1000, per_source=500, idle_s=60, head_s=3),
@@ -117,10 +119,12 @@ def test_a_key_means_the_same_in_all_three_ways(
 
     assert by_file == by_variable == by_flag
     for name in key.fields:
-        if not name.startswith("upstream_proxy."):
+        if not name.startswith(("upstream_proxy.", "kubernetes.")):
             assert attrgetter(name)(by_file) != attrgetter(name)(unsaid)
     if key.path.startswith("upstreamProxy."):
         assert by_file.upstream_proxy is not None
+    if key.path.startswith("kubernetes."):
+        assert by_file.kubernetes not in (None, Kubernetes()) or key.example == IN_CLUSTER
 
 
 @pytest.mark.parametrize("key", KEYS, ids=ids())
@@ -141,6 +145,10 @@ def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
 
 
 OTHER = {
+    "kubernetes.api": "other",
+    "kubernetes.onStale": "deny",
+    "kubernetes.staleS": "99",
+    "kubernetes.tokenAudience": "other",
     "mode": "gateway",
     "policy": "other.yaml",
     "tags": "other.json",
@@ -148,7 +156,9 @@ OTHER = {
     "listen": "127.0.0.1:1",
     "proxyListen": "127.0.0.1:1",
     "dnsListen": "127.0.0.1:1",
+    "dnstapListen": "other.sock",
     "dnsSearch": "other.example",
+    "openings": "false",
     "dnsForward": "other.example=192.0.2.53",
     "credentials": "other",
     "proxyProtocolFrom": "192.0.2.0/24",
@@ -160,16 +170,27 @@ OTHER = {
     "upstreamProxy.direct": "other.example",
     "upstreamCa": "other.pem",
     "pki": "other",
+    "httpHost": "auto",
     "log": "-",
     "onLogFailure": "continue",
     "admin": "none",
     "adminToken": "other",
+    "drainS": "2",
     "graceS": "1.5",
+    "limits.totalS": "7.5",
+    "limits.leastRate": "0",
+    "limits.maxWaiting": "2000000",
     "limits.maxConnections": "1234",
     "limits.maxPerSource": "123",
     "limits.maxHello": "2048",
+    "udpListen": "127.0.0.1:7",
+    "udpForward": "127.0.0.1:8=other.example:8",
+    "limits.udpIdleS": "9",
+    "limits.udpSessions": "10",
+    "limits.udpPerSource": "11",
     "limits.dnsNewNames": "7",
     "limits.dnsNewNamesBurst": "8",
+    "limits.dnsPerSource": "9",
     "limits.dnsLabels": "2",
     "limits.maxAddresses": "2",
     **{f"limits.{name}": "7.5" for name in ("helloS", "headS", "silenceS", "resolveS", "dialS", "idleS")},

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policies.hostnames import Hostname, Pattern
-from proxy.config import Config, GateMode, OnLogFailure, UpstreamProxy
+from proxy.config import Config, GateMode, HttpHost, Kubernetes, OnLogFailure, OnStale, UpstreamProxy
 from proxy.config.document import from_document, to_document
 from proxy.hosts import HostsEntry
 from proxy.inspector.handover import Bounds
@@ -46,10 +46,14 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {  # of many types
     "listen": st.none() | several(SOCKET_ADDRESSES),
     "proxy_listen": st.none() | several(SOCKET_ADDRESSES),
     "dns_listen": several(SOCKET_ADDRESSES),
+    "udp_listen": several(SOCKET_ADDRESSES),
+    "udp_forward": st.dictionaries(SOCKET_ADDRESSES, TEXTS, max_size=3),
+    "dnstap_listen": st.none() | TEXTS,
     "dns_search": st.none() | several(NAMES),
     "dns_new_names": st.integers(0, 10**6),
     "dns_new_names_burst": st.integers(1, 10**6),
     "dns_labels": st.integers(1, 10),
+    "dns_per_source": st.integers(1, 10**6),
     "dns_forward": st.dictionaries(NAMES, several(SOCKET_ADDRESSES), max_size=3),
     "credentials": st.none() | TEXTS,
     "proxy_protocol_from": several(NETWORKS | NETWORKS6),
@@ -66,13 +70,18 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {  # of many types
         st.none() | TEXTS,
         several(NETWORKS | NETWORKS6 | st.builds(Pattern, NAMES, st.booleans())),
     ),
+    "kubernetes": st.none()
+    | st.builds(Kubernetes, TEXTS, st.sampled_from(OnStale), NUMBERS["float"], st.none() | TEXTS),
     "upstream_ca": st.none() | TEXTS,
     "pki": st.none() | TEXTS,
     "log": st.none() | TEXTS,
+    "http_host": st.sampled_from(HttpHost),
     "on_log_failure": st.sampled_from(OnLogFailure),
     "admin": st.none() | SOCKET_ADDRESSES,
     "admin_token": st.none() | TEXTS,
+    "drain_s": NUMBERS["float"],
     "grace_s": NUMBERS["float"],
+    "openings": st.booleans(),
     "limits": numbers(Limits),
     "bounds": numbers(Bounds),
 }

@@ -70,6 +70,7 @@ DEFAULTS = {
     "onLogFailure": "`continue`",
     "admin": "`127.0.0.1:9901`",
     "workers": "1",
+    "drainS": "0",
     "graceS": "5",
     "limits.maxConnections": "8192, inspected: 4096",
     "limits.dialS": "10",

@@ -96,6 +96,12 @@ IN_FILE: dict[str, tuple[str, str]] = {
         "mode: proxy\ndnsListen: 127.0.0.1:1",
         "3:12: clients of mode proxy send names and ask for none; say mode gateway",
     ),
+    "a proxy that hears of lookups": (
+        "mode: proxy\ndnstapListen: tap.sock",
+        "3:15: clients of mode proxy look nothing up for themselves; say mode gateway",
+    ),
+    "openings in another mode": ("mode: proxy\nopenings: true", "3:11: in mode proxy the gate carries everything"),
+    "openings without lookups": ("openings: true", "2:11: openings follow lookups, and the gate hears of none"),
     "search domains without questions": ("dnsSearch: a.example", "2:12: dnsSearch is about DNS questions, and none"),
     "a search domain that is none": ("dnsSearch: 10.0.0.1", "2:12: "),
     "a zone without a server": ("dnsForward: {a.example: []}", "2:"),

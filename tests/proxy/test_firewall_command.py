@@ -15,9 +15,10 @@ from typing import ClassVar
 import pytest
 
 from proxy import firewall
+from proxy.elements import Element, open_text
 from proxy.firewall import FirewallRefused
 from proxy.layout import read_layout
-from proxy.nft import Library, Nft, NftRefused, Shown, open_element, read_openings
+from proxy.nft import Library, Nft, NftRefused, Shown, read_openings
 from proxy.ruleset import render
 from tests.proxy.commands_of import invoke
 from tests.proxy.kernel_rules import NEEDS_ROOT, everything, in_namespace
@@ -159,14 +160,26 @@ class TestKernel:
         assert done.exit_code == 0
         assert everything() == before
 
+    def test_only_sets_that_say_for_whom_can_be_opened(self) -> None:
+        library = Library()
+        with pytest.raises(firewall.FirewallRefused, match="none of our rules is in force: outgate firewall apply"):
+            firewall.require_openings(library)
+        firewall.apply(library, read_layout("gateway", {}, {}), since="")
+        assert firewall.require_openings(library).mode == "gateway"
+        rules = library.run("list table inet outgate").replace("ipv4_addr . ipv4_addr", "ipv4_addr")
+        library.run("delete table inet outgate\n" + re.sub("ip saddr . ip daddr", "ip daddr", rules))
+        with pytest.raises(firewall.FirewallRefused, match="made by another version of outgate"):
+            firewall.require_openings(library)
+
     def test_what_was_open_stays_open(self) -> None:
         invoke("firewall", "apply", "--mode", "gateway")
         library = Library()
-        open_element(library, ip_address("203.0.113.7"), "tcp", 22, 600)
-        open_element(library, ip_address("2001:db8::7"), "udp", 443, 300)
+        four = Element(ip_address("10.1.0.7"), ip_address("203.0.113.7"), "tcp", 22)
+        six = Element(ip_address("fd01::7"), ip_address("2001:db8::7"), "udp", 443)
+        library.run(open_text({four: 600, six: 300}))
         done = invoke("firewall", "apply", "--mode", "gateway", "--inbound", "--json")
         assert json.loads(done.stdout) == {"mode": "gateway", "applied": True, "openingsKept": 2}
-        assert [one.key for one in read_openings(library)] == ["203.0.113.7 . tcp . 22", "2001:db8::7 . udp . 443"]
+        assert [one.element for one in read_openings(library)] == [four, six]
         assert [one.left_s > 290 for one in read_openings(library)] == [True, True]
         library.close()
 

@@ -232,8 +232,9 @@ def test_what_an_origin_speaks_is_remembered(tmp_path: Path) -> None:
             assert origin_of(gate).connections == 2
 
 
-def test_a_rule_may_ask_for_http1(tmp_path: Path) -> None:
-    policy = POLICY.replace("name: weather", "name: weather\n        http2: false")
+@pytest.mark.parametrize("says", ["http2: false", ""], ids=["never", "not-said"])
+def test_a_client_that_offers_both_gets_http1_unless_its_rule_asks_for_http2(tmp_path: Path, says: str) -> None:
+    policy = POLICY.replace("http2: true", says, 1)
     with rig(tmp_path, policy=policy) as gate, Client(gate, alpn=BOTH) as client:
         assert client.sock.selected_alpn_protocol() == "http/1.1"
         assert origin_of(gate).connections == 0
@@ -262,10 +263,9 @@ def test_a_client_whose_origin_cannot_be_had_is_told_so_in_words(
             assert read_reply(client.sock)[0].reason == reason
 
 
-@pytest.mark.parametrize("offered", [BOTH, ("h2",)], ids=["both", "h2-alone"])
-def test_a_host_that_the_policy_does_not_let_dial_is_not_dialled(tmp_path: Path, offered: tuple[str, ...]) -> None:
+def test_a_host_that_the_policy_does_not_let_dial_is_not_dialled(tmp_path: Path) -> None:
     policy = POLICY.replace(f"- host: {HOST}", "- host: elsewhere.test")
-    with rig(tmp_path, policy=policy) as gate, Client(gate, alpn=offered) as client:
+    with rig(tmp_path, policy=policy) as gate, Client(gate, alpn=("h2",)) as client:
         assert client.get().reason == "no_rule"
         assert origin_of(gate).connections == 0
 
@@ -286,7 +286,7 @@ def test_h2c_is_refused(tmp_path: Path) -> None:
         assert gate.send(get(fields=upgrade)).reason == "upgrade"
         with gate.connect() as sock:
             sock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-            assert read_reply(sock)[0].status == 400
+            assert read_reply(sock)[0].status == 505
         assert gate.origin.requests == []
 
 

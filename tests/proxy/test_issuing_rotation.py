@@ -22,6 +22,7 @@ from pki.authority import YEAR, Authority, AuthorityError, certificate_id, creat
 from pki.issuers import issuers_text
 from pki.signer import SignerError
 from pki.store import load
+from proxy.inspecting import HttpHost
 from proxy.inspector import core as inspecting_core
 from proxy.inspector.minting import Minting, NoLeaf
 from proxy.issuing import Issuers, describe, reminder
@@ -53,10 +54,13 @@ def named(authority: Authority) -> str:
     return authority.issuer.certificate.subject.rfc4514_string()
 
 
-@pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Serving]:
-    with Serving(tmp_path, OPEN) as it:
+@pytest.fixture(params=HttpHost)
+def serving(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    with Serving(tmp_path, OPEN, http_host=request.param) as it:
         yield it
+
+
+ONLY_MITMPROXY = pytest.mark.parametrize("serving", [HttpHost.MITMPROXY], indirect=True, ids=["mitmproxy"])
 
 
 # --- a gate -----------------------------------------------------------------------------------------------------------
@@ -87,6 +91,7 @@ def test_an_inspector_that_starts_later_signs_by_the_newest(serving: Serving) ->
         assert issuer_of(sock) == named(later)
 
 
+@ONLY_MITMPROXY
 def test_an_inspector_that_was_lost_comes_back_with_the_newest(serving: Serving) -> None:
     later = other()
     with serving.connect(INSPECTED):
@@ -214,6 +219,12 @@ class Slow:
         if self.fault:
             raise self.fault
         return self._context
+
+    def replace(self, issuers: object) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 1
 
 
 def run(test: Callable[[Slow], Awaitable[None]]) -> None:

@@ -38,6 +38,7 @@ def layouts(draw: st.DrawFn) -> Layout:
     if texts.get("dns_port"):
         texts["resolvers"] = []
     switches = {field: draw(st.booleans()) for field, (_, modes) in SWITCHES.items() if mode in modes}
+    switches["quic"] &= bool(texts["udp_port"])
     return read_layout(mode, texts, switches)
 
 
@@ -87,6 +88,11 @@ def test_a_flag_that_cannot_be_meant_is_refused_with_its_repair(name: str) -> No
 def test_a_switch_of_another_mode_is_refused() -> None:
     with pytest.raises(MalformedLayout, match="--masquerade: has no meaning with --mode sidecar"):
         read_layout("sidecar", {}, {"masquerade": True})
+
+
+def test_quic_is_led_nowhere_without_a_relay() -> None:
+    with pytest.raises(MalformedLayout, match="--quic: there is no relay to lead it to"):
+        read_layout("gateway", {}, {"quic": True})
 
 
 @pytest.mark.parametrize("words", [[], ["--mode router"], ["--mode gateway", "--speed 7"], ["--mode gateway", "x"]])

@@ -466,10 +466,13 @@ def test_processes_are_told_apart_by_part_and_time_stays_when_they_are_gone() ->
     assert worker.stdin
     assert worker.stdout
     processes = Processes()
-    with worker:
+    idle = [subprocess.Popen([sys.executable, "-Sc", "input()"], stdin=subprocess.PIPE) for _ in range(2)]
+    with worker, idle[0], idle[1]:
         worker.stdout.readline()
-        seen = processes.look([worker.pid])
+        seen = processes.look([worker.pid], {Part.WATCH: idle[0].pid, Part.OPENER: idle[1].pid})
         worker.stdin.write(b"\n")
+        for other in idle:
+            other.kill()
     gone = processes.look([worker.pid])
 
     assert number(seen, "process_cpu_seconds_total|inspector") >= 0.05

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from policies.hostnames import Hostname
 from proxy.explicit.credentials import MAX_NAME, MAX_PASSWORD
-from proxy.wire.proxy_head import Authority, MalformedHead, ProxyHead, parse_credentials, parse_head
+from proxy.wire.proxy_head import Authority, MalformedHead, ProxyHead, parse_credentials, parse_head, parse_token
 
 
 def head(line: str, *fields: str) -> bytes:
@@ -225,3 +225,34 @@ def test_longest_name_and_password_that_a_file_may_hold_are_read() -> None:
 def test_any_value_is_credentials_or_none(value: bytes, encoded: bool) -> None:
     found = parse_credentials(b"Basic " + (b64encode(value) if encoded else value))
     assert found is None or (found[0] and ":" not in found[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "token"),
+    [
+        (b"Bearer aa.bb.cc", "aa.bb.cc"),
+        (b"bearer  aa.b-_b.cc", "aa.b-_b.cc"),
+        (b"Basic " + b64encode(b"any:aa.bb.cc"), "aa.bb.cc"),
+        (b"Basic " + b64encode(b":aa.bb.cc"), "aa.bb.cc"),
+        (b"Bearer aa.bb", None),
+        (b"Bearer aa.bb.cc.dd", None),
+        (b"Bearer aa.bb.cc x", None),
+        (b"Bearer aa.bb.c=", None),
+        (b"Bearer " + b"a" * 9000 + b".bb.cc", None),
+        (b"Basic " + b64encode(b"any:password"), None),
+        (b"Basic " + b64encode("any:aa.bb.c\u00e9".encode()), None),
+        (b"Basic aa.bb.cc", None),
+        (b"", None),
+    ],
+    ids=["bearer", "another spelling", "a password", "a password of nobody", "two parts", "four parts", "more behind",
+         "padded", "too long", "another password", "not ASCII", "not base64", "nothing"],
+)  # fmt: skip
+def test_a_token_has_the_form_of_one(value: bytes, token: str | None) -> None:
+    assert parse_token(value) == token
+
+
+@given(st.binary(max_size=200))
+def test_whatever_is_shown_is_a_token_or_none(value: bytes) -> None:
+    for shown in (value, b"Bearer " + value, b"Basic " + b64encode(value)):
+        token = parse_token(shown)
+        assert token is None or token.count(".") == 2

@@ -159,6 +159,20 @@ def test_a_changed_policy_is_in_force_at_once(tmp_path: Path, by_signal: bool) -
         assert eventually(lambda: relay.ask(source="127.0.0.5"), "an answer")
 
 
+def test_a_server_with_nts_that_loses_its_rule_is_told_and_not_asked(tmp_path: Path) -> None:
+    with RelayProcess(tmp_path, "--nts", "time.example", "--host", f"time.example=127.0.0.1:{unused_port()}") as relay:
+        relay.policy.write_text(POLICY.replace("time.example", "other.example"))
+        relay.send(signal.SIGHUP)
+        relay.hears("--nts time.example: no ntp rule names it any more")
+        assert "time.example" not in fetch(relay, "/metrics")[1]
+
+
+def test_variables_name_servers_with_nts(tmp_path: Path) -> None:
+    variables = {"OUTGATE_NTS": f"time.example:{unused_port()}"}
+    with RelayProcess(tmp_path, "--host", "time.example=127.0.0.1", env=variables) as relay:
+        eventually(lambda: "no key exchange: connection refused" in fetch(relay, "/readyz")[1], "the server's fault")
+
+
 def test_a_policy_that_does_not_load_changes_nothing(tmp_path: Path) -> None:
     with time_server_thread() as server, RelayProcess(tmp_path, "--host", f"time.example={show_peer(server)}") as relay:
         relay.policy.write_text("version: 1\nworkload: {}\n")
@@ -170,6 +184,30 @@ def test_a_policy_that_does_not_load_changes_nothing(tmp_path: Path) -> None:
         relay.send(signal.SIGHUP)
         relay.hears("names no time server")
         assert eventually(relay.ask, "an answer")
+
+
+def test_rules_that_only_a_gate_serves_are_none_of_its_business(tmp_path: Path) -> None:
+    policy = (
+        POLICY
+        + """\
+      - {host: a.example, tls: inspect, allow: ["GET /**"]}
+      - udp: {host: media.example, ports: [443], budget: 1MiB/h}
+"""
+    )
+    with RelayProcess(tmp_path, policy=policy) as relay:
+        assert eventually(relay.ask, "an answer")
+
+
+def test_a_reload_of_many_rules_is_read_beside_the_answers(tmp_path: Path) -> None:
+    """In a process of its own: whoever reads 100,000 rules answers nobody for seconds."""
+    rules = "".join(f"      - host: h{number}.example\n" for number in range(3000))
+    with RelayProcess(tmp_path) as relay:
+        assert eventually(relay.ask, "an answer")
+        relay.policy.write_text(POLICY + rules)
+        relay.send(signal.SIGHUP)
+        children = Path(f"/proc/{relay.process.pid}/task/{relay.process.pid}/children")
+        eventually(lambda: children.read_text().split(), "a process that reads it")
+        relay.hears("policy .* is in force")
 
 
 def test_relay_mode_answers_by_what_was_asked_because_of_the_client(tmp_path: Path) -> None:
@@ -191,9 +229,18 @@ WRONG = {
         '--listen: "127.0.0.1" is not an address with its port; write ADDR:PORT',
     ),
     "a name for a listener": (("-p", "p.yaml", "--listen", "localhost:123"), 2, "is not an address with its port"),
+    "a time that is none": (("-p", "p.yaml", "--drain-s", "nan"), 2, '--drain-s: "nan" is not a number of seconds'),
     "an admin that is no address": (("-p", "p.yaml", "--admin", "nowhere"), 2, '--admin: "nowhere" is not'),
     "unknown workload": (("-p", "p.yaml", "-w", "ap"), 2, 'unknown workload "ap"; did you mean "app"?'),
     "a host without address": (("-p", "p.yaml", "--host", "time.example"), 2, "write NAME=ADDRESS"),
+    "proof of a server that no rule names": (
+        ("-p", "p.yaml", "--nts", "tim.example"),
+        2,
+        '--nts tim.example: no ntp rule names it; did you mean "time.example"?',
+    ),
+    "proof of no server": (("-p", "p.yaml", "--nts", "192.0.2.1"), 2, '--nts "192.0.2.1": '),
+    "proof at no port": (("-p", "p.yaml", "--nts", "time.example:x"), 2, '"x" is not a port from 1 to 65535'),
+    "roots that are not there": (("-p", "p.yaml", "--upstream-ca", "no.pem"), 3, "--upstream-ca no.pem: No such file"),
     "unknown mode": (("-p", "p.yaml", "--mode", "both"), 2, "'both' is not one of 'serve', 'relay'"),
     "an address of another machine": (
         ("-p", "p.yaml", "--listen", "192.0.2.1:10123"),

@@ -37,7 +37,7 @@ LAYOUTS = {
     "sidecar-with-everything": [
         "--mode sidecar", "--upstream-device eth0", "--upstream-device net1", "--dns-port 15353", "--ntp-port 15123",
         "--udp-port 15006", "--gate-uid 2000", "--exclude 10.96.0.0/12", "--exclude fd00:96::/108",
-        "--exclude-port 9000", "--ipv6 closed", "--inbound",
+        "--exclude-port 9000", "--ipv6 closed", "--inbound", "--quic",
     ],
 }  # fmt: skip
 
@@ -75,7 +75,8 @@ def test_every_way_out_ends_in_a_refusal(layout: Layout) -> None:
         return
     assert last["past_the_gate"] == last["to_this_machine"] == "goto refuse"
     for hook, ending in (("forwarded", "past_the_gate"), ("entering", "to_this_machine")):
-        assert all(re.fullmatch(rf"iifname .* goto {ending}", line) for line in by_name[hook][1:])
+        led = rf"iifname .* goto {ending}|oifname .* goto refuse"
+        assert all(re.fullmatch(led, line) for line in by_name[hook][1:])
         assert len(by_name[hook]) > 1
 
 

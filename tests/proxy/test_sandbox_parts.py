@@ -219,9 +219,10 @@ def test_only_refusals_are_heard_and_read(packet: bytes, expected: tuple[str, st
     [
         pytest.param(ipv4(1, UNREACHABLE4 + ipv4(17, udp(50000, source_port=53))), id="udp4"),
         pytest.param(ipv6(58, UNREACHABLE6 + ipv6(17, udp(50000, source_port=53))), id="udp6"),
+        pytest.param(ipv4(1, UNREACHABLE4 + ipv4(17, udp(50000, source_port=123))), id="NTP"),
     ],
 )
-def test_a_dns_answer_that_nobody_waited_for_is_no_attempt(packet: bytes) -> None:
+def test_an_answer_that_nobody_waited_for_is_no_attempt(packet: bytes) -> None:
     """The gate's own answer bounces off the port of a client that has ended."""
     assert read_refusal(packet) is None
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pki.authority import YEAR
-from proxy.config import Config, GateMode, OnLogFailure
+from proxy.config import Config, DoorKind, GateMode, HttpHost, OnLogFailure
 from proxy.options import Unready
 from proxy.service import reloading
 from proxy.service import supervisor as supervising
@@ -37,6 +37,7 @@ from proxy.worker.messages import (
     Judge,
     Judging,
     LogTurns,
+    LookupRings,
     Question,
     Refused,
     Reopen,
@@ -44,6 +45,7 @@ from proxy.worker.messages import (
     Sign,
     Signing,
     Told,
+    ToOpener,
     from_bytes,
     to_bytes,
 )
@@ -86,7 +88,7 @@ async def supervised(config: Config) -> AsyncIterator[tuple[Supervisor, OpenDoor
     stop = asyncio.Event()
     try:
         await it.start()
-        running = asyncio.create_task(it.run(stop))
+        running = asyncio.create_task(it.run(stop, asyncio.Event()))
         yield it, door
         stop.set()
         await running
@@ -470,7 +472,7 @@ def test_an_inspector_that_keeps_ending_turns_readiness_red_until_one_stays(conf
     invoke("pki", "init", "--pki", str(tmp_path / "pki"))
     roots = tmp_path / "roots.pem"
     roots.write_text("no certificate")
-    write(config, POLICY + "        tls: inspect\n")
+    write(config, POLICY + "        tls: inspect\n        http2: true\n")
     config = replace(config, pki=str(tmp_path / "pki"), upstream_ca=str(roots))
 
     async def test() -> None:
@@ -478,6 +480,50 @@ def test_an_inspector_that_keeps_ending_turns_readiness_red_until_one_stays(conf
             await until(lambda: it.ready() == ["worker 1 has an inspector that keeps ending"], "it ended twice")
             roots.write_bytes(b"".join(path.read_bytes() for path in (tmp_path / "pki").rglob("*.crt")))
             await until(lambda: it.ready() == [], "nobody had to ask for it")
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("rule", "host", "count"),
+    [
+        ("        tls: inspect\n", HttpHost.AUTO, 0),
+        ("        tls: inspect\n        http2: true\n", HttpHost.AUTO, 1),
+        ("        tls: inspect\n", HttpHost.MITMPROXY, 1),
+        ("", HttpHost.MITMPROXY, 0),
+    ],
+    ids=["HTTP/1.1 is the lane's", "HTTP/2", "mitmproxy for everything", "nothing is inspected"],
+)
+def test_the_inspector_is_started_beside_the_first_policy_where_something_needs_it(
+    config: Config, tmp_path: Path, rule: str, host: HttpHost, count: int
+) -> None:
+    invoke("pki", "init", "--pki", str(tmp_path / "pki"))
+    write(config, POLICY + rule)
+    config = replace(config, pki=str(tmp_path / "pki"), http_host=host)
+
+    async def test() -> None:
+        async with supervised(config) as (it, _):
+            (worker,) = workers()
+            await until(lambda: it.ready() == [], "it is ready")
+            await until(lambda: len(children(worker, "proxy.inspector.main")) == count, "as many as are needed")
+
+    run(test)
+
+
+def test_a_dns_socket_that_cannot_be_served_turns_readiness_red(config: Config) -> None:
+    async def test() -> None:
+        with socket.socket() as deaf:
+            deaf.bind(("127.0.0.1", 0))  # and does not listen
+            doors = (*open_doors(config), OpenDoor(DoorKind.DNS, (deaf,)))
+            it = Supervisor(config, doors)
+            await it.start()
+            asking = asyncio.create_task(it.run(stop := asyncio.Event(), asyncio.Event()))
+            try:
+                await until(lambda: it.ready() == ["worker 1 cannot answer DNS (Invalid argument)"], "it was tried")
+            finally:
+                stop.set()
+                await asking
+                await it.finish(asyncio.Event())
 
     run(test)
 
@@ -517,7 +563,8 @@ def ask(door: OpenDoor, target: str) -> int:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 MESSAGES: list[Told | Said] = [
-    LogTurns(), Configuration(), Door("proxyListen"), Judge("0123456789ab", True), Sign("abc", "PEM"),
+    LogTurns(), LookupRings(1, 3), Configuration(), Door("proxyListen"), Judge("0123456789ab", True),
+    Sign("abc", "PEM"), ToOpener(),
     Question(), Reopen(), Finish(1.5), Judging("0123456789ab"), Signing("abc"),
     Refused("0123456789ab", "why"), Failed("why"),
     Answer(log_failing=True, inspector_failing=False, counted={"a": 1, "b": [1, 2]}),

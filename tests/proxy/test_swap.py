@@ -19,6 +19,7 @@ from policies.hostnames import Hostname
 from policies.model import Reason
 from proxy import child
 from proxy.compiled import NotCompiled, write_policy
+from proxy.inspecting import HttpHost
 from proxy.inspector import Configuration, Handover, Inspector, host
 from proxy.record import Record, new_id
 from tests.proxy.gates import DESTINATION, PATIENCE_S, eventually, read_all
@@ -39,10 +40,13 @@ workloads:
 """
 
 
-@pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Serving]:
-    with Serving(tmp_path, OPEN) as it:
+@pytest.fixture(params=HttpHost)
+def serving(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serving]:
+    with Serving(tmp_path, OPEN, http_host=request.param) as it:
         yield it
+
+
+ONLY_MITMPROXY = pytest.mark.parametrize("serving", [HttpHost.MITMPROXY], indirect=True, ids=["mitmproxy"])
 
 
 # --- what is open, and what comes -----------------------------------------------------------------------------------
@@ -254,6 +258,7 @@ def swap_beside(serving: Serving, text: str) -> threading.Thread:
     return thread
 
 
+@ONLY_MITMPROXY
 def test_an_inspector_that_is_killed_during_a_swap_comes_back_with_the_newest_policy(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +276,7 @@ def test_an_inspector_that_is_killed_during_a_swap_comes_back_with_the_newest_po
     assert serving.inspector != first
 
 
+@ONLY_MITMPROXY
 def test_a_swap_while_the_inspector_starts_ends_with_the_newest_policy(serving: Serving) -> None:
     serving.loop.call(serving.gate.start_inspector)
     serving.swap(of_app())
@@ -280,7 +286,8 @@ def test_a_swap_while_the_inspector_starts_ends_with_the_newest_policy(serving: 
 
 
 def test_swaps_at_once_end_with_the_newest_policy(serving: Serving) -> None:
-    start(serving)
+    with serving.connect(INSPECTED) as sock:
+        assert serving.ask(sock).status == 200
 
     async def both() -> None:
         policies = [write_policy(policy_of(text)) for text in (of_app(), MOVED, OPEN, NARROW)]
@@ -291,6 +298,7 @@ def test_swaps_at_once_end_with_the_newest_policy(serving: Serving) -> None:
         assert serving.ask(sock).reason == "no_allow_entry"
 
 
+@ONLY_MITMPROXY
 def test_an_inspector_that_does_not_take_a_policy_is_not_left_to_judge_by_the_former(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +313,7 @@ def test_an_inspector_that_does_not_take_a_policy_is_not_left_to_judge_by_the_fo
         assert serving.ask(kept).status == 0
 
 
+@ONLY_MITMPROXY
 def test_a_policy_that_finds_no_free_descriptor_arrives_later(serving: Serving) -> None:
     """Connections may have taken them all; the old policy must not stay for that."""
     pid = start(serving)
@@ -339,6 +348,7 @@ def test_while_records_cannot_be_written_everything_is_denied_with_that_reason(s
     assert sorted(str(record["reason"]) for record in serving.records) == ["log_failed"] * 2 + ["rule"] * 4
 
 
+@ONLY_MITMPROXY
 def test_an_inspector_that_starts_while_records_cannot_be_written_lets_nothing_through(serving: Serving) -> None:
     serving.loop.call(lambda: serving.gate.close_for(Reason.LOG_FAILED))
     serving.loop.call(serving.gate.start_inspector)
@@ -355,6 +365,7 @@ def test_an_inspector_that_starts_while_records_cannot_be_written_lets_nothing_t
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
+@ONLY_MITMPROXY
 def test_it_tells_how_much_is_open(serving: Serving) -> None:
     with serving.connect(INSPECTED) as kept, serving.connect(CARRIED) as carried:
         assert serving.ask(kept).status == serving.ask(carried, host=CARRIED).status == 200

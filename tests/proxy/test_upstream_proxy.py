@@ -150,7 +150,7 @@ def test_direct_address_is_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
         dialled.append((addresses, port))
         callbacks["unreachable"](Reason.UPSTREAM_REFUSED)
 
-    monkeypatch.setattr("proxy.flow.Dial", dial)
+    monkeypatch.setattr("proxy.way_out.Dial", dial)
     with site_proxy() as site:
         through, original = by(site.address, ip_network("198.51.100.0/24")), going_to("198.51.100.9", 2222)
         with gate(OPAQUE, through=through, original_dst=original) as it:

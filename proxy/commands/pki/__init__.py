@@ -21,6 +21,9 @@ COMMANDS = {
         "proxy.commands.pki.distribute:distribute",
         "Keep the trust bundle in a directory, or in Kubernetes.",
     ),
+    "secret": ("proxy.commands.pki.secret:secret", "Make an authority in a Secret of Kubernetes, where there is none."),
+    "adopt": ("proxy.commands.pki.adopt:adopt", "Sign with the CA of a mounted Secret, and follow it."),
+    "serving": ("proxy.commands.pki.serving:serving", "Keep the certificate of a webhook in a Secret of Kubernetes."),
 }
 
 EPILOG = "\b\nExample:\n  outgate pki init --pki pki\n  outgate run -p policy.yaml -w build --pki pki -- make"

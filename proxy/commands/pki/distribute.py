@@ -37,8 +37,8 @@ _CLUSTERS = frozenset(
     {"selector", "namespaces", "name", "prune", "cluster_trust_bundle", "deadline_s", "kubeconfig", "context_name"}
 )
 _LABEL = r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?"  # RFC 1123, as Kubernetes has it
-_NAMESPACE = re.compile(_LABEL)
-_OBJECT = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+DNS_LABEL = re.compile(_LABEL)
+DNS_SUBDOMAIN = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 
 
 def dns_name(pattern: re.Pattern[str]) -> Callable[[click.Context, click.Parameter, Any], Any]:
@@ -89,11 +89,16 @@ def dns_name(pattern: re.Pattern[str]) -> Callable[[click.Context, click.Paramet
     "namespaces",
     multiple=True,
     metavar="NS",
-    callback=dns_name(_NAMESPACE),
+    callback=dns_name(DNS_LABEL),
     help="These namespaces alone, without listing any. Repeatable.",
 )
 @click.option(
-    "--name", default=NAME, show_default=True, metavar="NAME", callback=dns_name(_OBJECT), help="Of the ConfigMaps."
+    "--name",
+    default=NAME,
+    show_default=True,
+    metavar="NAME",
+    callback=dns_name(DNS_SUBDOMAIN),
+    help="Of the ConfigMaps.",
 )
 @click.option("--prune", is_flag=True, help="Remove ours from namespaces that do not match.")
 @click.option(
