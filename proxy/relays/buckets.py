@@ -1,8 +1,9 @@
-"""How often one source is served: a token bucket for each. It knows no sockets and reads no clock."""
+"""How much one source takes: a token bucket for each, and counts. It knows no sockets and reads no clock."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Hashable
 from ipaddress import IPv6Address
 
 from policies.addresses import Address
@@ -36,3 +37,10 @@ class Buckets:
         if len(self._known) > self._sources:
             self._known.popitem(last=False)
         return is_left
+
+
+def release[T: Hashable](counts: Counter[T], whose: T) -> None:
+    """One less; who has none is forgotten, or every source that ever came would stay in memory."""
+    counts[whose] -= 1
+    if counts[whose] <= 0:
+        del counts[whose]

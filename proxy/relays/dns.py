@@ -19,8 +19,9 @@ from policies.hostnames import Hostname
 from policies.model import Attempt, Verdict
 from proxy.lookups import Lookups
 from proxy.record import Peer, Sink
+from proxy.relays.buckets import release
 from proxy.relays.datagrams import ANCILLARY_SIZE, Ancillary, ask_for_destination, read_destination
-from proxy.relays.dns_answers import Answers, release
+from proxy.relays.dns_answers import Answers
 from proxy.relays.dns_budget import Budget, NewNames
 from proxy.relays.dns_pace import Pace
 from proxy.relays.dns_sockets import accept, plain_peer, send

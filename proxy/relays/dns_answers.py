@@ -21,6 +21,7 @@ from policies.model import Action, Attempt, Reason, Stage, Verdict
 from proxy.lookups import Lookups
 from proxy.original_dst import parse_address
 from proxy.record import Peer, Record, Sink, new_id, record_of, stamp
+from proxy.relays.buckets import release
 from proxy.relays.dns_budget import Budget
 from proxy.relays.dns_repeats import Repeat, Repeats
 from proxy.relays.dns_services import Found, Services
@@ -374,13 +375,6 @@ class Answers:
 
     def _remaining_s(self, expires: float) -> int:
         return int(min(max(expires - self._clock(), 1), MAX_TTL_S))
-
-
-def release(counts: Counter[str], whose: str) -> None:
-    """One less; who has none is forgotten, or every source that ever asked would stay in memory."""
-    counts[whose] -= 1
-    if counts[whose] <= 0:
-        del counts[whose]
 
 
 def _turn(verdict: Verdict, reason: Reason) -> Verdict:

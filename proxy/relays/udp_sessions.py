@@ -16,6 +16,8 @@ from typing import Protocol
 from policies.model import Address, Attempt, Verdict
 from proxy.epoll import IN, Epoll
 from proxy.limits import Limits
+from proxy.original_dst import parse_address
+from proxy.relays.buckets import release
 from proxy.relays.stream import End
 from proxy.relays.udp_budget import Account
 from proxy.relays.udp_records import Carried
@@ -273,12 +275,14 @@ def _text(error: OSError) -> str:
 
 
 class Sessions:
-    """All sessions by their key, within the limits."""
+    """All sessions by their key, within the limits. A machine may send from every address of its IPv6 /64, and the pods
+    of a node may share one: a /64 has no more than half of all, whichever it is."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._by_key: dict[Hashable, Session] = {}
         self._per_source: Counter[str] = Counter()
+        self._per_network: Counter[int] = Counter()
         self.get: Callable[[Hashable], Session | None] = self._by_key.get  # called for each datagram
 
     def __len__(self) -> int:
@@ -289,18 +293,28 @@ class Sessions:
 
     def has_room(self, source: str) -> bool:
         limits = self._limits
-        return len(self._by_key) < limits.udp_sessions and self._per_source[source] < limits.udp_per_source
+        return (
+            len(self._by_key) < limits.udp_sessions
+            and self._per_source[source] < limits.udp_per_source
+            and self._per_network[_network_of(source)] < max(1, limits.udp_sessions // 2)
+        )
 
     def add(self, session: Session) -> None:
         self._by_key[session.key] = session
         self._per_source[session.source] += 1
+        if ":" in session.source:
+            self._per_network[_network_of(session.source)] += 1
 
     def remove(self, session: Session) -> bool:
         """False: it is gone already."""
         if self._by_key.get(session.key) is not session:
             return False
         del self._by_key[session.key]
-        self._per_source[session.source] -= 1
-        if not self._per_source[session.source]:
-            del self._per_source[session.source]
+        release(self._per_source, session.source)
+        release(self._per_network, _network_of(session.source))
         return True
+
+
+def _network_of(source: str) -> int:
+    """The /64 of an IPv6 source; 0 for every other, which nothing is counted for."""
+    return int(parse_address(source)) >> 64 if ":" in source else 0
