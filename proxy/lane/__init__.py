@@ -4,6 +4,7 @@ http1     the grammar of heads                       body      the framing of bo
 client    one connection, request by request         exchange  one request, judged and carried
 upstream  the connection to its origin                side      one end of either, as bytes
 tls       whose leaf is shown, who is trusted         bounds    what all of them may take together
+pace      whether a request goes on fast enough       pool      what waits for another client
 lane      these parts together, for a gate
 """
 

@@ -291,6 +291,8 @@ class Client:
     def _run_idle(self) -> None:
         if self._state is State.HEAD:
             self.say_last()
+        elif self._state is State.BUSY and self.side.pending:
+            self._look(self.commons.epoll.now)  # it takes what waits, if by bits that `drained` does not tell
         elif self._state is State.BUSY and self._exchange is not None:
             self._exchange.run_idle()
         elif self._state is State.TLS:
@@ -314,6 +316,7 @@ class Client:
 
     def abort(self) -> None:
         """The gate has ended."""
+        self.side.abandon()
         if self._state is State.TLS:
             self._lose_handshake(Reason.CLIENT_GONE, "the gate stopped")
         elif self._state is State.BUSY and self._exchange is not None:

@@ -407,8 +407,6 @@ class Exchange:
             self._finish_tunnel()
         elif self._state is State.SENDING:
             self._break_off(Reason.CLIENT_GONE)
-        elif self._client.side.pending:
-            self._fail(Reason.TOO_SLOW, "")
         else:
             self._fail(Reason.UPSTREAM_TIMEOUT, f"nothing moved for {self._commons.bounds.idle_s:g} s")
 

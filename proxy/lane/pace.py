@@ -16,7 +16,7 @@ class Pace:
     __slots__ = ("_begun", "_least", "_moved", "_seen", "_since", "_total_s", "_window_s")
 
     def __init__(self, *, least_rate: int, window_s: float, total_s: float) -> None:
-        self._least = least_rate * window_s
+        self._least = max(1, least_rate * window_s)  # nothing at all is silence
         self._window_s = window_s
         self._total_s = total_s
         self._seen: object = None  # the request that was under way at the look before

@@ -48,7 +48,7 @@ class Owner(Protocol):
 class Side:
     """Owns its socket until `close`, `cut` or `part`. `share` is told how many bytes wait here."""
 
-    __slots__ = ("_epoll", "_events", "_has_ended", "_is_deaf", "_is_held", "_out", "_owner", "_read", "_share",
+    __slots__ = ("_epoll", "_events", "_has_ended", "_is_deaf", "_is_held", "_out", "_owner", "_parting", "_read", "_share",
                  "_write", "fd", "is_open", "pending", "sent", "sock")  # fmt: skip
 
     def __init__(self, epoll: Epoll, sock: socket.socket, owner: Owner, share: Share) -> None:
@@ -62,6 +62,7 @@ class Side:
         self._out = _NOTHING
         self._events = IN
         self._is_held = self._has_ended = False
+        self._parting: Parting | None = None
         self._is_deaf = False  # nothing can be sent any more; that the peer is gone is told by reading
         self.is_open = True
         self.pending = 0  # bytes that wait to be sent
@@ -252,7 +253,12 @@ class Side:
         A socket with unread bytes would be reset by its close, and the reset could overtake the last answer.
         """
         self._say_goodbye()
-        Parting(self._epoll, self.sock, over)
+        self._parting = Parting(self._epoll, self.sock, over)
+
+    def abandon(self) -> None:
+        """Wait no longer for the peer to read its last words, if that is what is waited for."""
+        if self._parting is not None:
+            self._parting.expired()
         self._drop()
 
     def close(self) -> None:
@@ -299,7 +305,10 @@ class Parting:
         epoll.watch(self)
         epoll.put(self._fd, IN, self._discard, self.failed)
 
-    def _discard(self, _events: int) -> None:
+    def _discard(self, events: int) -> None:
+        if self._left < 0 and events & (ERR | HUP):
+            self.expired()
+            return
         try:
             data = os.read(self._fd, 4 * RECORD)  # raw, past TLS
         except BlockingIOError:
@@ -307,10 +316,14 @@ class Parting:
         except OSError:
             data = b""
         self._left -= len(data)
-        if not data or self._left < 0:
+        if not data:
             self.expired()
+        elif self._left < 0:  # it sends on and on: as soon as nobody takes that any more, it has time to read
+            self._epoll.change(self._fd, 0)
 
     def expired(self) -> None:
+        if self._sock.fileno() < 0:
+            return
         self._epoll.unwatch(self)
         self._epoll.forget(self._fd)
         self._sock.close()

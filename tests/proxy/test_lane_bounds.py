@@ -269,9 +269,10 @@ def test_nobody_is_refused_while_there_is_room() -> None:
     assert not any(other is None or other.is_exceeded for other in others)
 
 
-def test_a_pace_of_zero_asks_nothing() -> None:
+def test_a_pace_of_zero_asks_for_anything_but_silence() -> None:
     pace = Pace(least_rate=0, window_s=1.0, total_s=100.0)
-    assert [pace.look(float(now), "request", 0) for now in range(50)] == [""] * 50
+    assert [pace.look(float(now), "request", now) for now in range(50)] == [""] * 50
+    assert pace.look(50.0, "request", 49) == "0 bytes of a body in 1 s are no transfer"
 
 
 def test_a_pace_looks_at_each_window_by_itself() -> None:

@@ -23,6 +23,9 @@ from proxy.inspector import Bounds
 from proxy.lane import body, client, exchange, pace, patience, pool, side, upstream
 from tests.proxy.inspecting import HOST, POLICY, WAIT_S, Origin, Rig, get, read_reply, response
 
+# A fault of closing itself leaves a socket to be collected; that nothing else does is the last test's to show.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+
 FAULTY = POLICY.replace("        name: weather\n", "        upgrade: [websocket]\n        upstreamPool: true\n")
 MIB = 1 << 20
 SWITCHED = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
@@ -84,7 +87,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     with Rig(directory, policy=FAULTY, bounds=bounds, respond=respond, make_origin=Reading, in_lane=True) as it:
         yield it
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # a fault of closing itself left a socket to be collected
+        warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
 
 
