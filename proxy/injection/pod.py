@@ -157,7 +157,7 @@ def _layout(annotations: dict[str, str], settings: Settings) -> Layout:
         return read_layout("sidecar", {**ports, **{field: values for field, (_, values) in said.items()}}, switches)
     except MalformedLayout as error:
         names = ", ".join(name for name, values in said.values() if values)
-        raise Unfit(f"metadata.annotations: {names}: {shown_line(str(error))}") from error
+        raise Unfit(f"metadata.annotations: {names}: {_one_line(str(error))}") from error
 
 
 def _parts(annotations: dict[str, str], name: str) -> list[str]:
@@ -191,6 +191,6 @@ def _object(value: object) -> Json:
     return value
 
 
-def shown_line(message: str) -> str:
+def _one_line(message: str) -> str:
     """A message that holds words of somebody else, as one line."""
     return "".join(c if c.isprintable() else "?" for c in message)[:300]

@@ -114,7 +114,7 @@ def _of_theirs(spec: dict[str, Any], settings: Settings) -> Iterator[str]:
         if context.get("runAsUser") == settings.gate_uid:
             yield f"{one['name']}: runs as the gate"
         for mount in one.get("volumeMounts") or []:
-            if mount["name"] in ("outgate-policy", "outgate-issuing", "outgate-state"):
+            if mount.get("name") in ("outgate-policy", "outgate-issuing", "outgate-state"):
                 yield f"{one['name']}: mounts {mount}"
 
 
@@ -128,7 +128,7 @@ def _lost(spec: dict[str, Any], former: dict[str, Any]) -> Iterator[str]:
         for variable in was.get("env") or []:
             if variable in now:
                 continue
-            added = [other["value"] for other in now if other["name"] == variable["name"]]
+            added = [other["value"] for other in now if other.get("name") == variable["name"]]
             is_added_to = variable["name"] in ("JAVA_TOOL_OPTIONS", "PHP_INI_SCAN_DIR")
             if not is_added_to or not any(variable.get("value", "") in value for value in added):
                 yield f"{one['name']}: {variable} is lost"

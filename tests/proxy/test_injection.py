@@ -16,7 +16,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.spelling import did_you_mean
 from proxy.commands.inject import dumped
 from proxy.injection.admission_policy import objects
 from proxy.injection.gate import GATE
@@ -364,10 +363,6 @@ def test_another_volume_at_the_place_of_the_trust_directory_stays() -> None:
     assert made["volumeMounts"] == mounts
     assert "env" not in made
     assert "another volume is at /etc/outgate/trust" in outcome.warnings[0]
-
-
-def test_an_unknown_annotation_is_told_the_nearest_one() -> None:
-    assert did_you_mean("outgate/exclude-port", ["outgate/exclude-ports"]) == 'did you mean "outgate/exclude-ports"?'
 
 
 def test_capabilities_that_are_dropped_already_are_not_dropped_twice() -> None:
