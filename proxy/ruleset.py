@@ -149,7 +149,9 @@ def _to_relay(layout: Layout, port: int) -> Lines:
     yield "fib daddr type local accept"
     yield _NOT_RELAYED[layout.quic]
     yield f"ct mark {MARKED} accept  # what was opened and is established goes on"
-    yield from (f"{match} accept" for match in (*_asks(layout), *_OPENED))
+    yield from (f"{match} accept" for match in _asks(layout))
+    # A flow that the relay has had stays the relay's: past it, nothing would mark it any more, and it were refused.
+    yield from (f"ct status & confirmed != confirmed {match} accept" for match in _OPENED)
     for version, family in _FAMILIES:
         led = f"meta nfproto {version} meta l4proto udp tproxy {family} to :{port}"
         yield f"{led} meta mark set meta mark | {MARK:#x} accept"

@@ -232,6 +232,7 @@ def broken(net: Namespaces, changes: Mapping[str, str]) -> Iterator[None]:
 
 
 LAST = '"out" } ct mark & 0x80 == 0x80 accept\n        goto refuse'  # of what is forwarded
+ERRORS = "meta l4proto { icmp, ipv6-icmp } goto refuse"
 FIRST = {  # of the chains that a packet of the workload goes through
     chain: f"chain {chain} {{\n" for chain in ("from_workload", "to_gate", "past_the_gate")
 }
@@ -270,7 +271,7 @@ def test_each_decision_that_it_tells_is_in_the_gates_log(gateway: tuple[Namespac
 
 def test_a_gateway_that_refuses_nothing_leaks_all_but_tcp(gateway: tuple[Namespaces, Internet, Path]) -> None:
     net, _, directory = gateway
-    with broken(net, {LAST: LAST.replace("goto refuse", "accept")}):
+    with broken(net, {line: line.replace("goto refuse", "accept") for line in (LAST, ERRORS)}):
         found = verified(net, "inside", directory, *AS_APP, "--root", "root.pem")
 
     unjudged = {id for id, row in found.rows.items() if row["to"].startswith(("udp", "icmp"))}
