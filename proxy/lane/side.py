@@ -48,8 +48,8 @@ class Owner(Protocol):
 class Side:
     """Owns its socket until `close`, `cut` or `part`. `share` is told how many bytes wait here."""
 
-    __slots__ = ("_epoll", "_events", "_has_ended", "_is_deaf", "_is_held", "_out", "_owner", "_parting", "_read", "_share",
-                 "_write", "fd", "is_open", "pending", "sent", "sock")  # fmt: skip
+    __slots__ = ("_epoll", "_events", "_has_ended", "_is_deaf", "_is_held", "_out", "_owner", "_parting", "_read",
+                 "_share", "_write", "fd", "is_open", "pending", "sent", "sock")  # fmt: skip
 
     def __init__(self, epoll: Epoll, sock: socket.socket, owner: Owner, share: Share) -> None:
         self._epoll = epoll
@@ -305,10 +305,7 @@ class Parting:
         epoll.watch(self)
         epoll.put(self._fd, IN, self._discard, self.failed)
 
-    def _discard(self, events: int) -> None:
-        if self._left < 0 and events & (ERR | HUP):
-            self.expired()
-            return
+    def _discard(self, _events: int) -> None:
         try:
             data = os.read(self._fd, 4 * RECORD)  # raw, past TLS
         except BlockingIOError:
@@ -316,10 +313,8 @@ class Parting:
         except OSError:
             data = b""
         self._left -= len(data)
-        if not data:
+        if not data or self._left < 0:
             self.expired()
-        elif self._left < 0:  # it sends on and on: as soon as nobody takes that any more, it has time to read
-            self._epoll.change(self._fd, 0)
 
     def expired(self) -> None:
         if self._sock.fileno() < 0:
