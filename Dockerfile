@@ -26,9 +26,10 @@ RUN /tools/bin/pip wheel --no-cache-dir --disable-pip-version-check --no-build-i
     && /opt/outgate/bin/python -m pip uninstall --yes --quiet pip
 
 FROM ${BASE}
-# libnftables: `outgate firewall`, in the init container of a sidecar. ca-certificates: the public roots.
+# libnftables: `outgate firewall`, in the init container of a sidecar. ca-certificates: the public roots. util-linux:
+# `setpriv`, by which a sidecar's gate that carries datagrams stops being root.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates libnftables1 \
+    && apt-get install --yes --no-install-recommends ca-certificates libnftables1 util-linux \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log
 COPY --from=build /opt/outgate /opt/outgate
 ENV PATH=/opt/outgate/bin:/usr/local/bin:/usr/bin:/bin PYTHONDONTWRITEBYTECODE=1 HOME=/nonexistent

@@ -59,8 +59,6 @@ ALL: Object = {
     "metrics": {"serviceMonitor": {"enabled": True}, "rules": {"enabled": True, "labels": {"release": "prometheus"}}},
     "injection": {
         "enabled": True,
-        "caBundle": "PEM",
-        "injectCaFrom": "outgate/webhook",
         "authoritySecret": "ca",
         "clusterDNS": ["10.96.0.10"],
         "extraArgs": ["--no-exclusions"],
@@ -77,8 +75,18 @@ MATRIX: Mapping[str, Object] = {
         "networkPolicy": {"enabled": False},
     },
     "ipv6": {"bindAddress": "[::]", "relay": {"enabled": True}},
-    "secret": {"pki": {"source": "secret", "secretName": "corp-ca", "follow": False}},
-    "cert-manager": {"pki": {"source": "certManager", "certManager": {"issuerName": "corp"}}},
+    "secret": {
+        "pki": {"source": "secret", "secretName": "corp-ca", "follow": False},
+        "injection": {"enabled": True, "certificate": {"source": "secret", "secretName": "tls", "caBundle": "PEM"}},
+    },
+    "cert-manager": {
+        "pki": {"source": "certManager", "certManager": {"issuerName": "corp"}},
+        "injection": {
+            "enabled": True,
+            "certificate": {"source": "certManager", "certManager": {"issuerName": "corp"}},
+        },
+    },
+    "admission policy": {"injection": {"enabled": True, "form": "admissionPolicy"}},
     "trust job": {"trust": {"mode": "job", "namespaces": ["weather", "build"], "name": "outgate-trust"}},
     "no trust": {"trust": {"enabled": False}, "networkPolicy": {"workloads": {"namespaces": ["weather"]}}},
 }
@@ -139,8 +147,9 @@ def where(one: Object) -> tuple[str, str, str]:
 
 def pods(objects: Sequence[Object]) -> Iterator[Object]:
     """Every pod template, with the namespace of what makes its pods."""
-    for one in of_kind(objects, "Deployment", "Job"):
-        template = one["spec"]["template"]
+    for one in of_kind(objects, "Deployment", "Job", "CronJob"):
+        spec = one["spec"]["jobTemplate"]["spec"] if one["kind"] == "CronJob" else one["spec"]
+        template = spec["template"]
         yield {**template, "namespace": one["metadata"]["namespace"]}
 
 

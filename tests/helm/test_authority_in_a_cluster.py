@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import signal
 import subprocess
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from cryptography import x509
 
 from pki.authority import Authority, certificates_pem, create_authority, key_pem
 from pki.files import SECRET
 from pki.store import load, load_issuers
 from proxy.cli import outgate
-from tests.helm.rendering import ALL, containers, of_kind, pods, render
+from tests.helm.rendering import ALL, Object, containers, named, of_kind, pods, render
 from tests.pki.api_server import ApiServer, api_server
 
 NAME = "outgate-pki"
@@ -123,7 +125,7 @@ def test_an_api_that_refuses_is_one_clear_line(server: ApiServer, tmp_path: Path
 @pytest.mark.client
 def test_the_role_of_the_chart_is_enough_for_its_job_and_for_no_other_secret(server: ApiServer, tmp_path: Path) -> None:
     objects = render(ALL)
-    [role] = of_kind(objects, "Role")
+    role = named(objects, "Role", NAME)
     server.rules = [("outgate", rule) for rule in role["rules"]]
     [words] = [one["args"] for pod in pods(objects) for one in containers(pod) if one["name"] == "pki"]
     config = server.kubeconfig(tmp_path)
@@ -153,6 +155,59 @@ def test_the_role_of_the_chart_is_enough_for_the_trust_bundle(server: ApiServer,
     here = [one.replace("/etc/outgate/roots", str(tmp_path)) for one in words]
     assert invoke(*here, "--public", "none", "--kubeconfig", server.kubeconfig(tmp_path)).exit_code == 0
     assert server.served("outgate.outgate-trust") == {"outgate", "other"}
+
+
+# The webhook's certificate
+
+HOOK = "mutatingwebhookconfigurations"
+
+
+def rights_of_serving(objects: list[Object]) -> list[tuple[str | None, Object]]:
+    role, cluster = named(objects, "Role", "outgate-serving"), named(objects, "ClusterRole", "outgate.outgate-serving")
+    return [("outgate", role["rules"][0]), (None, cluster["rules"][0])]
+
+
+def serve_hook(server: ApiServer, objects: list[Object]) -> list[str]:
+    """The configuration is there as the chart has it. The words of the Job, which are those of the CronJob."""
+    server.write(HOOK, "", "outgate.outgate", named(objects, "MutatingWebhookConfiguration", "outgate.outgate"))
+    [words, again] = [one["args"] for pod in pods(objects) for one in containers(pod) if one["name"] == "serving"]
+    assert words == again
+    return list(words)
+
+
+@pytest.mark.client
+def test_the_rights_of_the_chart_are_enough_for_the_certificate_of_its_webhook(
+    server: ApiServer, tmp_path: Path
+) -> None:
+    objects = render(ALL)
+    words = serve_hook(server, objects)
+    server.rules = rights_of_serving(objects)
+    config = server.kubeconfig(tmp_path)
+    assert invoke(*words, "--kubeconfig", config).output == "secret outgate-webhook-tls: made a certificate\n"
+    assert invoke(*words, "--kubeconfig", config).output == "secret outgate-webhook-tls: its certificate is good\n"
+    [told] = json.loads(server.requests("PATCH", HOOK)[0].body)["webhooks"]
+    [hook] = named(objects, "MutatingWebhookConfiguration", "outgate.outgate")["webhooks"]
+    assert told["name"] == hook["name"]  # by which an API server finds whose caBundle it is
+    assert base64.b64decode(told["clientConfig"]["caBundle"]) == held(server, "outgate-webhook-tls")["ca.crt"]
+    leaf = x509.load_pem_x509_certificate(held(server, "outgate-webhook-tls")["tls.crt"])
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    service = named(objects, "Service", "outgate-webhook")["metadata"]
+    assert f"{service['name']}.{service['namespace']}.svc" in names.get_values_for_type(x509.DNSName)
+    [template] = [pod for pod in pods(objects) for one in containers(pod) if one["name"] == "webhook"]
+    assert template["spec"]["volumes"][0]["secret"]["secretName"] == "outgate-webhook-tls"
+
+
+@pytest.mark.client
+@pytest.mark.parametrize(("at", "verb"), [(0, "get"), (0, "create"), (0, "patch"), (1, "get"), (1, "patch")])
+def test_each_of_these_rights_is_needed(server: ApiServer, tmp_path: Path, at: int, verb: str) -> None:
+    objects = render(ALL)
+    words = serve_hook(server, objects)
+    rights = rights_of_serving(objects)
+    scope, rule = rights[at]
+    assert verb in rule["verbs"]
+    rights[at] = scope, {**rule, "verbs": [one for one in rule["verbs"] if one != verb]}
+    server.rules = rights
+    assert invoke(*words, "--kubeconfig", server.kubeconfig(tmp_path)).exit_code == 3
 
 
 # Adopted

@@ -34,7 +34,8 @@ def test_every_object_has_the_schema_of_every_kubernetes(kubernetes: str) -> Non
     found = {json.dumps(one): one for values in MATRIX.values() for one in render(values, kubernetes=f"{kubernetes}.0")}
     assert len(found) > 50
     for one in found.values():
-        if (one["apiVersion"], one["kind"]) not in OTHERS:
+        is_later = "AdmissionPolicy" in one["kind"] and int(kubernetes.split(".")[1]) < 36  # v1 from there on
+        if (one["apiVersion"], one["kind"]) not in OTHERS and not is_later:
             kubernetes_validate.validate(one, kubernetes, strict=True)
 
 
@@ -49,6 +50,23 @@ def test_the_schemas_see_a_key_that_is_none() -> None:
 @pytest.mark.parametrize(("kubernetes", "is_named"), [("1.28.9", True), ("1.29.0", False), ("1.37.2-gke.1", False)])
 def test_a_kubernetes_that_is_too_old_is_named_in_the_notes_and_not_refused(kubernetes: str, is_named: bool) -> None:
     assert ("tested with 1.29 and newer" in notes(kubernetes=kubernetes)) is is_named
+
+
+@pytest.mark.parametrize(
+    ("values", "kubernetes", "said", "is_said"),
+    [
+        ({"enabled": True}, "1.36.0", "outgate/inject=outgate.outgate", True),
+        ({"enabled": True}, "1.36.0", "schemas alone", False),
+        ({"enabled": True, "form": "admissionPolicy"}, "1.36.0", "schemas alone", True),
+        ({"enabled": True, "form": "admissionPolicy"}, "1.36.0", "the API server has no such policies", False),
+        ({"enabled": True, "form": "admissionPolicy"}, "1.35.0", "the API server has no such policies", True),
+        ({}, "1.36.0", "outgate/inject", False),
+    ],
+)
+def test_the_notes_say_which_namespaces_get_gates_and_what_was_not_tried(
+    values: Object, kubernetes: str, said: str, is_said: bool
+) -> None:
+    assert (said in " ".join(notes({"injection": values}, kubernetes=kubernetes).split())) is is_said
 
 
 def test_the_notes_say_that_everything_is_denied_until_there_is_a_policy() -> None:
@@ -73,7 +91,21 @@ def test_the_notes_say_that_everything_is_denied_until_there_is_a_policy() -> No
         ({"gateway": {"extraArgs": ["serve"]}}, "extraArgs"),
         ({"gateway": {"udpForward": [{"port": 53, "to": "a.example:53"}]}}, "udpForward"),
         ({"injection": {"failurePolicy": "Maybe"}}, "failurePolicy"),
+        ({"injection": {"form": "sidecar"}}, "injection.form"),
+        ({"injection": {"enabled": True, "certificate": {"source": "secret"}}}, "needs injection.certificate.caBundle"),
+        (
+            {"injection": {"enabled": True, "certificate": {"source": "certManager"}}},
+            "needs injection.certificate.certManager.issuerName",
+        ),
+        (
+            {"injection": {"enabled": True, "form": "admissionPolicy", "extraArgs": ["--udp"]}},
+            "injection.extraArgs: for the webhook alone",
+        ),
+        ({"gateway": {"graceS": 3601}}, "graceS"),  # the gate takes no more
+        ({"drainS": 3601}, "drainS"),
         ({"image": {"digest": "latest"}}, "digest"),
+        ({"image": {"repository": 'outgate"'}}, "repository"),  # it stands in CEL, too
+        ({"injection": {"clusterDNS": ["[fd00:96::a]"]}}, "clusterDNS"),
         ({"networkPolicy": {"nameservers": ["169.254.20.10"]}}, "nameservers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from ipaddress import collapse_addresses, ip_network
+from importlib.metadata import version
+from ipaddress import collapse_addresses, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 from policies.addresses import NEVER_REACHED
 from proxy.config import Config, GateMode
 from proxy.config.reading import read_config
+from proxy.injection.model import Settings
 from proxy.relay import read_address
+from tests.helm.admission_policies import PLACE, of_a_release, written
 from tests.helm.rendering import (
     ALL,
     CHART,
@@ -61,7 +65,7 @@ def config(values: Object) -> Config:
 def test_every_word_is_one_that_the_program_knows(values: Object) -> None:
     for one in every_container(render(values)):
         command, params = parsed(one["args"])
-        assert command in {"serve", "relay", "pki adopt", "pki secret", "pki distribute", "webhook"}
+        assert command in {"serve", "relay", "pki adopt", "pki secret", "pki serving", "pki distribute", "webhook"}
         if command == "serve":
             assert isinstance(config(values), Config)
         if command == "relay":
@@ -83,7 +87,7 @@ def test_the_values_mean_this_to_the_gate() -> None:
     assert found.kubernetes is not None
     assert (found.kubernetes.api, found.kubernetes.token_audience) == ("in-cluster", "outgate")
     assert found.limits.max_connections == 20000
-    assert found.grace_s == 30
+    assert (found.drain_s, found.grace_s) == (10, 30)
 
 
 def test_the_webhook_injects_what_the_chart_runs() -> None:
@@ -197,6 +201,22 @@ RIGHTS: dict[tuple[str, str], list[Object]] = {
             "verbs": ["get", "list", "watch", "create", "patch"],
         },
     ],
+    ("ClusterRole", "outgate.outgate-serving"): [
+        {
+            "apiGroups": ["admissionregistration.k8s.io"],
+            "resources": ["mutatingwebhookconfigurations"],
+            "resourceNames": ["outgate.outgate"],
+            "verbs": ["get", "patch"],
+        },
+    ],
+    ("Role", "outgate-serving"): [
+        {
+            "apiGroups": [""],
+            "resources": ["secrets"],
+            "resourceNames": ["outgate-webhook-tls"],
+            "verbs": ["get", "create", "patch"],
+        },
+    ],
     ("Role", "outgate-pki"): [
         {
             "apiGroups": [""],
@@ -251,8 +271,8 @@ def test_every_selector_selects_pods_of_the_chart(values: Object) -> None:
             assert sum(selects(one["spec"]["podSelector"]["matchLabels"], pod) for pod in pods(objects)) == 1
 
 
-def networks(blocks: list[str], version: int) -> list[Any]:  # Any: of either version, which the types keep apart
-    found: list[Any] = [one for one in map(ip_network, blocks) if one.version == version]
+def networks(blocks: list[str], family: int) -> list[Any]:  # Any: of either version, which the types keep apart
+    found: list[Any] = [one for one in map(ip_network, blocks) if one.version == family]
     return list(collapse_addresses(found))
 
 
@@ -262,8 +282,8 @@ def test_the_gate_reaches_the_world_but_where_no_policy_leads(name: str) -> None
     blocks = [peer["ipBlock"] for peer in world["to"]]
     assert [block["cidr"] for block in blocks] == ["0.0.0.0/0", "::/0"]
     closed = [one for block in blocks for one in block["except"]]
-    for version in (4, 6):
-        assert networks(closed, version) == networks([str(one) for one in NEVER_REACHED], version)
+    for family in (4, 6):
+        assert networks(closed, family) == networks([str(one) for one in NEVER_REACHED], family)
     for block in blocks:
         outer = ip_network(block["cidr"])
         assert all(ip_network(one).version == outer.version for one in block["except"])  # else the API refuses it
@@ -315,8 +335,95 @@ def test_the_webhook_waits_for_nobody_it_makes_wait() -> None:
     [excluded] = hook["namespaceSelector"]["matchExpressions"]
     assert set(excluded["values"]) == {"kube-system", "kube-public", "kube-node-lease", "outgate"}
     assert hook["namespaceSelector"]["matchLabels"] == {"outgate/inject": "outgate.outgate"}  # no namespace unasked
-    assert [rule["operations"] for rule in hook["rules"]] == [["CREATE"]]
+    asked = [(rule["operations"], rule["resources"]) for rule in hook["rules"]]
+    assert asked == [(["CREATE"], ["pods"]), (["UPDATE"], ["pods/ephemeralcontainers"])]
     assert (hook["sideEffects"], hook["reinvocationPolicy"]) == ("None", "IfNeeded")
+
+
+def test_the_webhook_is_asked_and_asks_nobody() -> None:
+    spec = named(render(ALL), "NetworkPolicy", "outgate-webhook")["spec"]
+    assert (spec["policyTypes"], spec["egress"]) == (["Ingress", "Egress"], [])
+    assert spec["ingress"] == [{"ports": [{"port": 8443, "protocol": "TCP"}]}]
+    peers = [{"ipBlock": {"cidr": "10.0.0.0/28"}}]
+    values = {"injection": {"enabled": True}, "networkPolicy": {"apiServer": peers}}
+    [rule] = named(render(values), "NetworkPolicy", "outgate-webhook")["spec"]["ingress"]
+    assert rule["from"] == peers
+
+
+def bundle_and_annotations(values: Object) -> tuple[object, object]:
+    config = named(render(values), "MutatingWebhookConfiguration", "outgate.outgate")
+    return config["webhooks"][0]["clientConfig"].get("caBundle"), config["metadata"].get("annotations")
+
+
+def test_who_signed_the_webhooks_certificate_is_said_by_one_alone() -> None:
+    """What the chart said would be written back by an upgrade, over what the Job or cert-manager has written."""
+    assert bundle_and_annotations(ALL) == (None, None)
+    assert bundle_and_annotations(MATRIX["secret"]) == ("UEVN", None)
+    told = {"cert-manager.io/inject-ca-from": "outgate/outgate-webhook"}
+    assert bundle_and_annotations(MATRIX["cert-manager"]) == (None, told)
+    asked = named(render(MATRIX["cert-manager"]), "Certificate", "outgate-webhook")["spec"]
+    assert (asked["dnsNames"], asked["secretName"]) == (["outgate-webhook.outgate.svc"], "outgate-webhook-tls")
+    for name in ("secret", "cert-manager", "admission policy"):
+        assert "outgate-serving" not in str(render(MATRIX[name]))
+
+
+# Without a server
+
+
+def test_the_files_of_the_chart_are_what_inject_prints() -> None:
+    found = {path: path.read_text() for path in PLACE.iterdir()}
+    assert found == written(), "run: python -m tests.helm.admission_policies"
+
+
+POLICIES: dict[str, tuple[Object, Settings]] = {
+    "default": (
+        {},
+        Settings(image=f"outgate:{version('outgate')}", trust="egress.outgate-trust"),
+    ),
+    "all": (
+        {
+            "bindAddress": "[::]",
+            "image": {"repository": "registry.example/outgate", "digest": "sha256:" + "a" * 64, "pullPolicy": "Always"},
+            "trust": {"name": "roots", "mountPath": "/var/trust"},
+            "injection": {
+                "policyConfigMap": "rules",
+                "policyKeys": ["team.yaml", "base.yaml"],
+                "authoritySecret": "ca",
+                "clusterDNS": ["10.96.0.10", "fd00:96::a"],
+                "label": "example.com/gate",
+            },
+        },
+        Settings(
+            image="registry.example/outgate@sha256:" + "a" * 64,
+            pull_policy="Always",
+            policy="rules",
+            policy_keys=("team.yaml", "base.yaml"),
+            trust="roots",
+            trust_path="/var/trust",
+            authority="ca",
+            bind="[::]",
+            cluster_dns=(ip_address("10.96.0.10"), ip_address("fd00:96::a")),
+            label="example.com/gate",
+        ),
+    ),
+    "no trust": (
+        {"trust": {"enabled": False}, "injection": {"authoritySecret": "ca"}},
+        Settings(image=f"outgate:{version('outgate')}", trust=None, authority="ca"),
+    ),
+    "nothing inspected": ({"pki": {"source": "none"}}, Settings(image=f"outgate:{version('outgate')}", trust=None)),
+}
+
+
+@pytest.mark.parametrize(("values", "settings"), POLICIES.values(), ids=POLICIES)
+def test_the_api_server_is_given_what_inject_prints_for_the_same_values(values: Object, settings: Settings) -> None:
+    injection = {**values.get("injection", {}), "enabled": True, "form": "admissionPolicy"}
+    objects = render({**values, "injection": injection}, namespace="egress")
+    found = [one for one in objects if "AdmissionPolicy" in one["kind"]]
+    labels = found[0]["metadata"]["labels"]
+    said = {(one["kind"], json.dumps(one)) for one in found}
+    wanted = of_a_release(settings, "egress.outgate", "egress", "egress.outgate", labels)
+    assert said == {(one["kind"], json.dumps(one)) for one in wanted}
+    assert not of_kind(objects, "MutatingWebhookConfiguration", "CronJob")
 
 
 # Life and death of a pod
@@ -330,10 +437,20 @@ def test_nothing_needs_a_shell(values: Object) -> None:
         assert not [text for text in execs if "sh'" in text or "bash" in text]
 
 
-def test_a_pod_outlives_what_its_gate_may_take_to_end() -> None:
-    pod = gate(render({"gateway": {"graceS": 120}}))
-    assert "--grace-s=120" in container(pod, "gate")["args"]
-    assert pod["spec"]["terminationGracePeriodSeconds"] > 120 + 5  # and preStop
+def test_a_pod_outlives_what_its_program_may_take_to_end() -> None:
+    values = {"drainS": 20, "gateway": {"graceS": 120}, "relay": {"enabled": True}, "injection": {"enabled": True}}
+    objects = render(values)
+    serving = container(gate(objects), "gate")
+    assert {"--drain-s=20", "--grace-s=120"} < set(serving["args"])
+    relay = named(objects, "Deployment", "outgate-relay")["spec"]["template"]["spec"]
+    assert "--drain-s=20" in relay["containers"][0]["args"]
+    webhook = named(objects, "Deployment", "outgate-webhook")["spec"]["template"]["spec"]
+    assert "sleep(20)" in str(webhook["containers"][0]["lifecycle"])
+    life = [spec["terminationGracePeriodSeconds"] for spec in (gate(objects)["spec"], relay, webhook)]
+    assert life == [20 + 120 + 15, 20 + 15, 20 + 15]
+    # Two sleeps would add up.
+    assert "lifecycle" not in serving
+    assert "lifecycle" not in relay["containers"][0]
 
 
 def test_the_alerts_are_about_metrics_that_there_are() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -54,8 +55,33 @@ def test_long_names_that_differ_in_their_end_stay_different() -> None:
 
 def test_a_name_of_the_longest_kind_stays_one_that_kubernetes_takes() -> None:
     for one in render(ALL, release="r" * 53, namespace="n" * 63):
-        longest = 63 if one["kind"] in ("Service", "Job", "Deployment") else 253
+        longest = {"Service": 63, "Job": 63, "Deployment": 63, "CronJob": 52}.get(one["kind"], 253)
         assert len(one["metadata"]["name"]) <= longest
+
+
+def injected_namespaces(objects: list[Object]) -> list[str]:
+    """What the label of a namespace must be to get gates of this release."""
+    found = of_kind(objects, "MutatingWebhookConfiguration", "MutatingAdmissionPolicy", "ValidatingAdmissionPolicy")
+    spec = [
+        hook
+        for one in found
+        for hook in one.get("webhooks", [one["spec"]["matchConstraints"]] if "spec" in one else [])
+    ]
+    return [one["namespaceSelector"]["matchLabels"]["outgate/inject"] for one in spec]
+
+
+def test_two_releases_do_not_inject_into_one_namespace() -> None:
+    """A label has one value, and by each of its two forms a release wants its own."""
+    wanted = []
+    for form, release, namespace in [
+        *(("webhook", *one) for one in [*RELEASES, ("r" * 53, "n" * 63), ("r" * 53, "n" * 62 + "m")]),
+        ("admissionPolicy", "third", "outgate"),
+    ]:
+        objects = render({"injection": {"enabled": True, "form": form}}, release=release, namespace=namespace)
+        [one] = set(injected_namespaces(objects))
+        assert re.fullmatch(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?", one)  # what the API server takes as a label
+        wanted.append(one)
+    assert len(set(wanted)) == len(RELEASES) + 3
 
 
 # Over the years

@@ -51,6 +51,14 @@ def test_the_stage_that_runs_has_no_build_tools() -> None:
     assert [line for line in last if line.startswith("COPY")] == ["COPY --from=build /opt/outgate /opt/outgate"]
 
 
+def test_what_the_program_starts_is_in_the_stage_that_runs() -> None:
+    """`setpriv` of util-linux makes a sidecar's gate that carries datagrams no root; libnftables loads the rules."""
+    last = SAID[max(index for index, line in enumerate(SAID) if line.startswith("FROM ")) :]
+    [installing] = [line for line in last if "apt-get install" in line]
+    packages = installing.partition("--no-install-recommends ")[2].partition(" && ")[0].split()
+    assert set(packages) == {"ca-certificates", "libnftables1", "util-linux"}
+
+
 def test_every_base_is_the_one_that_can_be_pinned() -> None:
     assert {line.split()[1] for line in SAID if line.startswith("FROM ")} == {"${BASE}"}
 

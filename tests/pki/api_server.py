@@ -28,7 +28,7 @@ type Leaves = dict[tuple[str, ...], str]
 
 KINDS = {
     "namespaces": "Namespace", "configmaps": "ConfigMap", "clustertrustbundles": "ClusterTrustBundle", "pods": "Pod",
-    "secrets": "Secret",
+    "secrets": "Secret", "mutatingwebhookconfigurations": "MutatingWebhookConfiguration",
 }  # fmt: skip
 REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"
 MAX_WAIT_S = 60.0

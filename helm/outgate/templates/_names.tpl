@@ -54,3 +54,18 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name ($root.Chart.Version | replace
 {{- define "outgate.jobSuffix" -}}
 {{ . | sha256sum | trunc 8 }}
 {{- end }}
+
+{{/* What the label of a namespace says, so that of two releases one injects there: a label has 63 characters. */}}
+{{- define "outgate.injects" -}}
+{{- $name := include "outgate.clusterName" . -}}
+{{- if gt (len $name) 63 }}{{ printf "%s-%s" ($name | trunc 54 | trimSuffix "-" | trimSuffix ".") ($name | sha256sum | trunc 8) }}{{ else }}{{ $name }}{{ end -}}
+{{- end }}
+
+{{- define "outgate.webhookSecret" -}}
+{{ default (printf "%s-webhook-tls" (include "outgate.fullname" .)) .Values.injection.certificate.secretName }}
+{{- end }}
+
+{{/* What puts gates into pods: webhook, admissionPolicy, or nothing. */}}
+{{- define "outgate.injectsBy" -}}
+{{- if .Values.injection.enabled }}{{ .Values.injection.form }}{{ end -}}
+{{- end }}

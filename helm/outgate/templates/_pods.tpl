@@ -56,10 +56,10 @@ livenessProbe:
   failureThreshold: 6
 {{- end }}
 
-{{/* A pod that ends gets connections until every node knows of it: it goes on serving for that long. */}}
+{{/* For a program that has no drain of its own: a pod that ends is asked until every API server knows of it. */}}
 {{- define "outgate.preStop" -}}
 preStop:
-  exec: {command: [python3, -c, "import time; time.sleep(5)"]}
+  exec: {command: [python3, -c, "import time; time.sleep({{ .Values.drainS }})"]}
 {{- end }}
 
 {{/* Policy files as flags. */}}
