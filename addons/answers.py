@@ -51,6 +51,7 @@ _SENTENCES = {
     Reason.TOO_SLOW: "the request took longer than it may: {note}",
     Reason.HTTP2_FLOOD: "this connection sent more HTTP/2 resets, settings or pings than any client needs",
     Reason.LOG_FAILED: "decision records cannot be written, and this gate lets nothing through unrecorded",
+    Reason.ADDON_FAILED: "an addon of this gate's operator failed, so nothing was let through: {note}",
     Reason.GATE_FAILED: "a part of the gate failed, so nothing was let through: {note}",
 }
 

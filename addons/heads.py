@@ -29,6 +29,9 @@ _AUTHORITY = re.compile(r"([^:/?#@\\\x00-\x20\x7f]+)(?::([1-9][0-9]{0,4}))?")
 _ABSOLUTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)(.*)", re.DOTALL)
 _METHOD_OVERRIDES = frozenset({b"x-http-method-override", b"x-http-method", b"x-method-override"})
 _TARGET_OVERRIDES = frozenset({b"x-original-url", b"x-rewrite-url"})  # IIS, and frameworks that were made to follow it
+_OF_THE_JUDGE = frozenset({
+    b"host", b"expect", b"te", b"trailer", b"proxy-authorization", b"content_length", b"transfer_encoding",
+})  # fmt: skip
 _UNSERVED = frozenset({"CONNECT", "TRACE"})  # a tunnel that nobody judges; an echo of headers that scripts may not see
 _VERSIONS = frozenset({"HTTP/1.0", "HTTP/1.1", "HTTP/2.0"})
 CONNECTION_SPECIFIC = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
@@ -150,6 +153,19 @@ def read_head(
         place(head, conversation, names[0], credentials)
     if upgrades:
         head.upgrade = b", ".join(upgrades).decode("latin-1").lower()
+
+
+def bears_on_verdict(name: bytes) -> bool:
+    """Whether a field of this name (in lower case) bears on the verdict or on where a message ends. Content-Length,
+    which follows from a body, is not asked about."""
+    alike = name.replace(b"_", b"-")
+    overrides = alike in _METHOD_OVERRIDES or alike in _TARGET_OVERRIDES
+    return overrides or name in CONNECTION_SPECIFIC or name in _OF_THE_JUDGE
+
+
+def is_well_formed(name: bytes, value: bytes) -> bool:
+    """Whether this is one field and no more: a line break in it would begin another."""
+    return bool(_TOKEN.fullmatch(name)) and not _CONTROL.search(value)
 
 
 def place(head: Head, conversation: Conversation, host: str, credentials: Sequence[bytes]) -> None:

@@ -27,6 +27,11 @@ class Recorder:
             meter = flow.metadata[_METER] = _Meter()
             flow.request.stream = meter.send
 
+    def request(self, flow: http.HTTPFlow) -> None:
+        """A body that was held for other addons: as the workload sent it."""
+        if not flow.request.stream and (meter := flow.metadata.get(_METER)):
+            meter.sent += len(flow.request.raw_content or b"")
+
     def responseheaders(self, flow: http.HTTPFlow) -> None:
         if flow.response and flow.response.stream and (meter := flow.metadata.get(_METER)):
             flow.response.stream = meter.receive

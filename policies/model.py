@@ -110,6 +110,7 @@ class Reason(StrEnum):
     CLIENT_GONE = "client_gone"
     NOT_SERVED = "not_served"  # a rule admits it and this gate does not carry its kind yet
     LOG_FAILED = "log_failed"  # decision records cannot be written, and the operator said deny
+    ADDON_FAILED = "addon_failed"  # the operator's own addon raised, or changed what was judged
     GATE_FAILED = "gate_failed"  # a part of the gate failed; closed, recorded, never let through
 
 
@@ -153,6 +154,11 @@ class PortRange:
 
 
 HTTPS_PORT = PortRange(443, 443)
+# UDP ports that no udp rule opens, wherever a gate runs, and whose they are.
+ELSEWHERE = {
+    53: "that port is the DNS guard's, which answers for the names of rules",
+    123: "that port is the time relay's; write an ntp rule",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from policies.model import HostRule, Stage, Tls
-from proxy.config import HttpHost
+from proxy.config import HttpHost, carrier
 
 if TYPE_CHECKING:  # `run` forks before anything that is not needed until then is loaded
     from pki.authority import Authority
@@ -50,6 +50,7 @@ class GateOptions:
     log: str | None
     dns_new_names: int | None = None
     http_host: str = HttpHost.AUTO.value
+    addons: tuple[str, ...] = ()
 
 
 def read_gate_policy(options: GateOptions) -> Policy:
@@ -125,7 +126,8 @@ def settings_of(options: GateOptions, issuing: Callable[[], str]) -> Settings:
         hosts=hosts,
         upstream_ca=checked_upstream_ca(options.upstream_ca),
         new_names=new_names(options.dns_new_names),
-        http_host=HttpHost(options.http_host),
+        http_host=carrier(HttpHost(options.http_host), options.addons),
+        addons=checked_addons(options.addons),
     )
 
 
@@ -149,6 +151,17 @@ def checked_upstream_ca(path: str | None) -> str | None:
     except OSError as error:
         raise Unready(f"--upstream-ca {path}: {error.strerror or error}") from error
     return str(Path(path).resolve())
+
+
+def checked_addons(paths: Sequence[str]) -> tuple[str, ...]:
+    """The absolute paths of addon files that load. Raises Unready."""
+    from proxy.addon_files import AddonUnusable, try_addons
+
+    try:
+        try_addons(paths)
+    except AddonUnusable as error:
+        raise Unready(str(error)) from error
+    return tuple(str(Path(path).resolve()) for path in paths)
 
 
 def new_authority() -> Authority:

@@ -93,7 +93,7 @@ def _run(options: GateOptions, command: Sequence[str], trust: Path, *, proxy_env
         _create(options.log)
     # What the gate still reads or loads while the command runs, and the record of it. A store that the command could
     # put in the place of ours might name a PKCS#11 library, which the gate would run outside.
-    named = (settings.upstream_ca, options.log, *map(os.environ.get, OPENSSL_VARIABLES))
+    named = (settings.upstream_ca, options.log, *settings.addons, *map(os.environ.get, OPENSSL_VARIABLES))
     modules = (str(token.module) for token in tokens)
     kept = [*own_code.places(), *options.paths, *options.tags, *filter(None, named), *store_places, *modules]
     with launch(command, ports=ports, environment=environment, hide=hidden, keep=kept) as sandbox:

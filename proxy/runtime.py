@@ -48,8 +48,7 @@ if TYPE_CHECKING:
     from proxy.relays.udp import UdpRelay
 
 NTP_PORT = 123
-SETTLE_S = 0.25
-LOOK_S = 0.005
+SETTLE_S, LOOK_S = 0.25, 0.005
 SETTLE_TURNS = 4  # of the loop: epoll reports, a door accepts, a hello is peeked
 
 
@@ -92,6 +91,7 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     bounds: Bounds = field(default_factory=Bounds)
     http_host: HttpHost = HttpHost.AUTO
+    addons: tuple[str, ...] = ()
 
 
 class Gate:
@@ -426,19 +426,19 @@ def _configuration(
     nameservers: Sequence[Nameserver],
     system_hosts: Mapping[Hostname, tuple[Address, ...]],
 ) -> Configuration:
-    hosts = [(name, tuple(map(str, entry.addresses)), entry.port) for name, entry in settings.hosts.items()]
     proxy = settings.upstream_proxy
     return Configuration(
         issuing=issuing,
         workload=settings.workload,
         upstream_ca=settings.upstream_ca,
-        hosts=tuple(hosts),
+        hosts=tuple((name, tuple(map(str, entry.addresses)), entry.port) for name, entry in settings.hosts.items()),
         forward=tuple((zone, tuple(servers)) for zone, servers in settings.forward.items()),
         system_hosts=tuple((name, tuple(map(str, found))) for name, found in system_hosts.items()),
         nameservers=tuple(nameservers),
         upstream_proxy=(proxy.host, proxy.port, proxy.credentials, tuple(map(str, proxy.direct))) if proxy else None,
         watches_pods=settings.pods is not None,
         own_doors=tuple(settings.own_doors),
+        addons=settings.addons,
         bounds=settings.bounds,
     )
 

@@ -14,7 +14,7 @@ from proxy.config import Config, DoorKind
 from proxy.hosts import system_nameservers
 from proxy.issuing import reminder
 from proxy.log.target import Target, Turns
-from proxy.options import Misused, Unready, checked_upstream_ca, say
+from proxy.options import Misused, Unready, checked_addons, checked_upstream_ca, say
 from proxy.original_dst import parse_address
 from proxy.own_doors import OwnDoors
 from proxy.record import show_peer
@@ -86,6 +86,7 @@ async def _serve(config: Config, doors: Sequence[OpenDoor]) -> None:
 def _check_files(config: Config) -> None:
     """Raises Unready for a file that no worker could use: they would say so late, and each for itself."""
     checked_upstream_ca(config.upstream_ca)
+    checked_addons(config.addons)
     if config.credentials:
         from proxy.explicit import credentials
 

@@ -25,9 +25,14 @@ FAILURES = frozenset(  # the policy admits these; no edit of it would help
         Reason.CLIENT_CERTIFICATE_REFUSED,
         Reason.CLIENT_GONE,
         Reason.NOT_SERVED,
+        Reason.ADDON_FAILED,
         Reason.GATE_FAILED,
     }
 )
+_SPENT: dict[str, str] = {  # what the policy admits, and only so much of it
+    Reason.BUDGET: "its bytes of this hour are used up: raise budget: of {rule}, or wait",
+    Reason.LOOKUP_BUDGET: "more new names than a program needs: name the hosts beside {rule}, or raise --dns-new-names",
+}
 
 
 class Summary:
@@ -95,6 +100,8 @@ class Summary:
             explanation = explain(self._policy, parse_words(self._workload, words, time.time()))
         except MalformedWords:
             return []
+        if (spent := _SPENT.get(reason)) and explanation.verdict.rule:
+            return [spent.format(rule=explanation.verdict.rule)]
         if not explanation.edits or explanation.verdict.reason != reason:
             return [explanation.advice] if explanation.advice else []
         return [

@@ -12,7 +12,7 @@ from proxy.config import HttpHost
 
 
 def gate_options[F: Callable[..., Any]](command: F) -> F:  # Any: click's own type of what it decorates
-    """`-p -w --tags --host --dns-new-names --upstream-ca --pki --http-host --log`, under the names of GateOptions."""
+    """`-p -w --tags --host --dns-new-names --upstream-ca --pki --http-host --addon --log`, named as in GateOptions."""
     for option in (
         click.option("--log", metavar="FILE", help="Append decision records there; - is standard error."),
         click.option(
@@ -39,6 +39,14 @@ def gate_options[F: Callable[..., Any]](command: F) -> F:  # Any: click's own ty
             type=click.Choice([host.value for host in HttpHost]),
             default=HttpHost.AUTO.value,
             help="What carries HTTP under inspection: auto, or mitmproxy for HTTP/1.1 as well.",
+        ),
+        click.option(
+            "--addon",
+            "addons",
+            multiple=True,
+            metavar="FILE",
+            type=click.Path(),
+            help="Your own mitmproxy addons, for what is inspected. Repeatable.",
         ),
         click.option("-w", "--workload", metavar="NAME", help="Whose rules count; its match is not asked."),
     ):

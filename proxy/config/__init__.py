@@ -5,7 +5,7 @@ It knows values, not how they are written (`keys`, `values`) and not what is don
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -45,6 +45,11 @@ class HttpHost(StrEnum):
 
     AUTO = "auto"  # the lane, and mitmproxy for what the lane does not speak
     MITMPROXY = "mitmproxy"  # mitmproxy for everything
+
+
+def carrier(said: HttpHost, addons: Sequence[str]) -> HttpHost:
+    """What carries HTTP under inspection, whatever was said: the lane calls no addons of the operator's."""
+    return HttpHost.MITMPROXY if addons else said
 
 
 class OnStale(StrEnum):
@@ -184,6 +189,7 @@ class Config:
     upstream_ca: str | None = None
     pki: str | None = None
     http_host: HttpHost = HttpHost.AUTO
+    addons: tuple[str, ...] = ()
     log: str | None = None  # a path, `-` for standard error, None for standard output
     on_log_failure: OnLogFailure = OnLogFailure.CONTINUE
     admin: SocketAddress | None = ("127.0.0.1", ADMIN_PORT)

@@ -39,6 +39,7 @@ def from_document(document: Mapping[str, Any]) -> Config:
         "mode": GateMode(document["mode"]),
         "policy": tuple(document["policy"]),
         "tags": tuple(document["tags"]),
+        "addons": tuple(document["addons"]),
         "listen": _addresses(document["listen"]),
         "proxy_listen": _addresses(document["proxy_listen"]),
         "dns_listen": _addresses(document["dns_listen"]),

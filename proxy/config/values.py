@@ -221,6 +221,8 @@ def _read_target(node: Node, scope: Scope) -> str:
     if any(network.num_addresses > 1 for network in networks) or ports.first != ports.last:
         hint = "write NAME:PORT or ADDR:PORT, for example time.example:4460"
         raise scope.wrong(node, f"{quote(text)} is no single destination", hint)
+    if ports.first in ELSEWHERE:
+        raise scope.wrong(node, f"{quote(text)}: udp port {ports.first} stays closed", ELSEWHERE[ports.first])
     return f"{host or _bracketed(str(networks[0].network_address))}:{ports.first}"
 
 

@@ -33,9 +33,12 @@ AGAIN_S = 60.0  # before a person is told again that there are no leaves
 
 
 def hooks_of(addons: Sequence[object]) -> Hooks:
-    """The hooks that the layers call, by name, in the order of `addons`."""
-    names = ("requestheaders", "responseheaders", "response", "error")
-    return {name: [getattr(addon, name) for addon in addons if hasattr(addon, name)] for name in names}
+    """The hooks that the layers call, by name, in the order of `addons`; a whole response passes them from the last
+    to the first, for the first ones write what the client got."""
+    names = ("requestheaders", "request", "responseheaders", "response", "error")
+    hooks = {name: [getattr(addon, name) for addon in addons if hasattr(addon, name)] for name in names}
+    hooks["response"].reverse()
+    return hooks
 
 
 class Core:

@@ -85,6 +85,7 @@ class Configuration:
     upstream_proxy  the site's proxy: host, port, path of its credentials, names and prefixes that are dialled directly
     watches_pods    the gate tells which pods there are
     own_doors    addresses and ports that the gate listens on
+    addons       paths of the operator's own addons
     """
 
     issuing: str = field(repr=False)
@@ -97,6 +98,7 @@ class Configuration:
     upstream_proxy: tuple[str, int, str | None, tuple[str, ...]] | None = None
     watches_pods: bool = False
     own_doors: tuple[tuple[str, int], ...] = ()
+    addons: tuple[str, ...] = ()
     bounds: Bounds = Bounds()
 
     def to_bytes(self) -> bytes:
@@ -117,5 +119,6 @@ class Configuration:
             upstream_proxy=site and (*site[:3], tuple(site[3])),
             watches_pods=fields["watches_pods"],
             own_doors=tuple((address, port) for address, port in fields["own_doors"]),
+            addons=tuple(fields["addons"]),
             bounds=Bounds(**fields["bounds"]),
         )

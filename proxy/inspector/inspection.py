@@ -431,6 +431,9 @@ class Inspection:
 
     def _end(self) -> None:
         self._drop_upstream()
+        for stream in self._http.streams.values():
+            if isinstance(stream, Stream):
+                stream.release()
         self.core.end(self)
         self.core.conversations.pop(self.client.connection.id, None)
 

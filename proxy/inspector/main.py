@@ -234,6 +234,11 @@ class _Inspector:
 
     def _tell(self, error: Exception) -> None:
         """One line to the gate: what failed, and where. The traceback is nobody's business but a developer's."""
+        from proxy.inspector.user_addons import AddonFailed  # here as below
+
+        if isinstance(error, AddonFailed):
+            self._say({"log": str(error)})
+            return
         last = traceback.extract_tb(error.__traceback__)[-1:]
         where = f" at {os.path.basename(last[0].filename)}:{last[0].lineno}" if last else ""
         from proxy.inspector.minting import NoLeaf  # here as above

@@ -34,6 +34,7 @@ from mitmproxy.proxy.layers.http._hooks import HttpResponseHook
 
 from addons.gate import FAILURE, JUDGEMENT
 from addons.judge import Unreachable
+from proxy.inspector.user_addons import HELD, Held, stop
 
 HTTP_1, HTTP_2 = b"http/1.1", b"h2"  # RFC 7301's names
 
@@ -112,6 +113,8 @@ class Stream(HttpStream):
                 self.call(command.name)
                 reply = None
             else:
+                if isinstance(command, DropStream):
+                    self.release()
                 reply = yield command
 
     @property
@@ -126,6 +129,19 @@ class Stream(HttpStream):
         """Both heads were read strictly before they came here; the rest is the judge's."""
         yield from ()
         return False
+
+    def check_body_size(self, request: bool) -> CommandGenerator[bool]:
+        """Bounds what is held for the operator's addons; nothing else is held."""
+        held: Held | None = self.flow.metadata.get(HELD)
+        if held is None or not (note := held.grow(max(len(self.request_body_buf), len(self.response_body_buf)))):
+            return False
+        stop(self.flow, note)
+        return (yield from self.check_killed(True))
+
+    def release(self) -> None:
+        """Nothing of it is held any more."""
+        if hasattr(self, "flow") and (held := self.flow.metadata.get(HELD)):
+            held.release()
 
     def make_server_connection(self) -> CommandGenerator[bool]:
         """Keeps why there is no connection: of several requests on one client connection each has a reason."""

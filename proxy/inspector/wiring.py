@@ -22,6 +22,7 @@ from pki.leaves import HTTP_2, Leaves
 from policies.hostnames import Hostname
 from policies.index import Policy
 from policies.model import Address, Reason
+from proxy.addon_files import load_addons
 from proxy.config import UpstreamProxy
 from proxy.dialer import interleave
 from proxy.hosts import HostsEntry
@@ -30,6 +31,7 @@ from proxy.inspector.core import Core
 from proxy.inspector.handover import Configuration, Handover
 from proxy.inspector.minting import Minting
 from proxy.inspector.outcome import record_of_lost, record_of_outcome
+from proxy.inspector.user_addons import UserAddons
 from proxy.metrics.meter import Counts
 from proxy.original_dst import parse_address
 from proxy.own_doors import OwnDoors
@@ -77,7 +79,7 @@ def wire(
     *,
     pods: Pods | None = None,
 ) -> Wired:
-    """What serves by `configuration` and `policy`. Raises what is wrong with them: ValueError, OSError.
+    """What serves by `configuration` and `policy`. Raises what is wrong with them: ValueError, OSError, AddonUnusable.
 
     counts  told of lookups and dials
     pods    of the cluster that the gate watches
@@ -115,8 +117,11 @@ def wire(
         trust_http2=partial(trust_origins, configuration.upstream_ca, HTTP_2),
     )
     leaves = Leaves(read_issuers(configuration.issuing), partial(datetime.now, UTC))
+    gate = Gate(judge, conversation_of, site=site)
+    own = load_addons(configuration.addons)
+    theirs = [UserAddons(own, gate, configuration.bounds.waiting, failed)] if own else []
     core = Core(
-        (Gate(judge, conversation_of, site=site), Recorder(report, conversation_of)),
+        (gate, Recorder(report, conversation_of), *theirs),
         upstream,
         conversations,
         configuration.bounds,

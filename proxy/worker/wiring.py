@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from policies.model import Reason
 from proxy.compiled import NotCompiled, read_policy
-from proxy.config import Config, DoorKind, HttpHost, OnLogFailure, SocketAddress
+from proxy.config import Config, DoorKind, HttpHost, OnLogFailure, SocketAddress, carrier
 from proxy.explicit.verifier import Unverified, Verifier
 from proxy.identity import Change, Pods
 from proxy.issuing import describe
@@ -60,6 +60,7 @@ class Serving:
         self._pods = Pods() if config.kubernetes else None
         self._link = Link() if config.openings else None
         self._issuing = ""
+        self._carrier = carrier(config.http_host, config.addons)
         self._needs_inspector = self._is_leaving = False
 
     @property
@@ -83,7 +84,7 @@ class Serving:
             self._gate = self._open(compiled)
         if self._gate.openings:
             await self._gate.openings.review()
-        self._needs_inspector = judge.http2 or (judge.inspects and self._config.http_host is HttpHost.MITMPROXY)
+        self._needs_inspector = judge.http2 or (judge.inspects and self._carrier is HttpHost.MITMPROXY)
         if self._needs_inspector:
             self._gate.start_inspector()
 
@@ -208,7 +209,8 @@ class Serving:
             own_doors=self._own_doors(),
             limits=config.limits,
             bounds=config.bounds,
-            http_host=config.http_host,
+            http_host=self._carrier,
+            addons=config.addons,
         )
         gate = Gate(
             policy, settings, original_dst=redirected_dst, record=self._meter, counts=self._meter, inner=self._inner

@@ -171,6 +171,7 @@ OTHER = {
     "upstreamCa": "other.pem",
     "pki": "other",
     "httpHost": "auto",
+    "addons": "other.py",
     "log": "-",
     "onLogFailure": "continue",
     "admin": "none",

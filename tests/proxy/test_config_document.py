@@ -76,6 +76,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {  # of many types
     "pki": st.none() | TEXTS,
     "log": st.none() | TEXTS,
     "http_host": st.sampled_from(HttpHost),
+    "addons": several(TEXTS),
     "on_log_failure": st.sampled_from(OnLogFailure),
     "admin": st.none() | SOCKET_ADDRESSES,
     "admin_token": st.none() | TEXTS,
