@@ -17,6 +17,7 @@ from policies.errors import PolicyError
 from policies.hostnames import Pattern
 from policies.index import EPOCH, PLAIN_PORT, HostGroup, Policy, build
 from policies.model import (
+    ELSEWHERE,
     HTTPS_PORT,
     AnyRule,
     Attempt,
@@ -202,6 +203,8 @@ def _new_rule(trial: _Trial, attempt: Attempt, verdict: Verdict) -> Iterator[_Ca
     """A rule for this very destination. Never one for opaque bytes on a port of a host rule: they would go round it."""
     if attempt.stage in (Stage.TCP, Stage.UDP) and _is_host_port(trial, attempt):
         return
+    if attempt.stage is Stage.UDP and attempt.port in ELSEWHERE:
+        return  # the rule would admit it, and nothing would carry it
     for rule in _narrow_rules(trial, attempt):
         yield _add_rule(trial, rule)
 
@@ -321,6 +324,7 @@ def _narrow_rules(trial: _Trial, attempt: Attempt) -> Iterator[AnyRule]:
                 host=name,
                 networks=() if name or not attempt.address else (ip_network(attempt.address),),
                 ports=(PortRange(attempt.port, attempt.port),),
+                quic="sni" if attempt.stage is Stage.UDP and attempt.host else None,
             )
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from itertools import islice
 
+from policies.addresses import Reach, classify
 from policies.edits import Edit, deciding_group, denying_entries, is_own, propose
 from policies.errors import PolicyError
 from policies.hostnames import Hostname
 from policies.index import HostGroup, Policy, build
 from policies.model import (
+    ELSEWHERE,
     Address,
     AnyRule,
     Attempt,
@@ -93,6 +95,8 @@ def destination(attempt: Attempt) -> str:
 
 def _sentence(verdict: Verdict, attempt: Attempt) -> str:
     text = _BECAUSE.get(verdict.reason, "the policy admits this; the gate or the far end could not")
+    if verdict.reason is Reason.NO_SNI and attempt.stage is Stage.UDP:
+        text = "the rule for {to} admits QUIC that shows this name, and no other datagrams"
     entries = denying_entries(verdict.rule, attempt)
     return text.format(
         to=destination(attempt),
@@ -164,14 +168,20 @@ def _fault(attempt: Attempt) -> str:
 def _advice(verdict: Verdict, attempt: Attempt) -> str:
     if verdict.reason is Reason.DENY_RULE and verdict.rule and not is_own(attempt.workload, verdict.rule):
         return f"the deny stands in a set that others use: change the set at {verdict.rule.place}, or stop using it"
+    if verdict.reason in (Reason.NO_RULE, Reason.PORT) and attempt.stage is Stage.UDP and attempt.port in ELSEWHERE:
+        return ELSEWHERE[attempt.port]
     if verdict.reason in (Reason.WRONG_PROTOCOL, Reason.PORT) and attempt.stage in (Stage.TCP, Stage.UDP):
         return f"a host rule carries TLS and HTTP only, and opaque bytes would go round it; try tls://{destination(attempt)}"
     if verdict.reason is Reason.WRONG_PROTOCOL:
         return "use http:// on a plain port and https:// on every other; plain: in the rule names further plain ports"
+    if verdict.reason is Reason.MALFORMED_NAME and attempt.stage is Stage.NTP:
+        return "name the server; which address a client asks for the time means nothing, the relay answers for all"
     if verdict.reason is Reason.MALFORMED_NAME and attempt.address is not None:
-        return (
-            f"name the host; or, for bytes to the address itself, try tcp://{bracketed(attempt.address)}:{attempt.port}"
-        )
+        if classify(attempt.address) is Reach.NEVER:
+            return ADVICE[Reason.NEVER_REACHED]
+        kind = "udp" if attempt.stage is Stage.UDP else "tcp"
+        where = f"{bracketed(attempt.address)}:{attempt.port}"
+        return f"name the host; or, for bytes to the address itself, try {kind}://{where}"
     return ADVICE.get(verdict.reason, "see the decision record of the attempt")
 
 
@@ -215,6 +225,8 @@ def _nearest(policy: Policy, attempt: Attempt, verdict: Verdict) -> Iterator[Mis
             yield Miss(rule, "a prefix opens private addresses only if all of it is private")
         case Reason.ECH | Reason.UPGRADE | Reason.QUERY_TYPE if rule:
             yield Miss(rule, f"it does not say {_KEY[verdict.reason]}")
+        case Reason.NO_SNI if isinstance(rule, TransportRule):
+            yield Miss(rule, f"it says quic: sni, for quic://{rule.host}:{attempt.port}")
         case Reason.NO_RULE | Reason.NO_SNI | Reason.ANCESTOR:
             yield from _nearest_rules(policy, attempt)
 

@@ -16,7 +16,7 @@ from policies.edits import is_own
 from policies.errors import Problem
 from policies.hostnames import Hostname, Pattern, parents
 from policies.index import HostGroup, HostTable, Policy, WorkloadIndex
-from policies.model import AnyRule, HostRule, NameRule, Network, Place, Stage, Tls, TransportRule
+from policies.model import ELSEWHERE, AnyRule, HostRule, NameRule, Network, Place, Stage, Tls, TransportRule
 from policies.render import bracketed
 
 ENDS_SOON = timedelta(days=14)
@@ -78,7 +78,7 @@ def example_words(rule: AnyRule) -> str:
     """An attempt in words that this rule is about, for a test to start from."""
     if isinstance(rule, TransportRule):
         where = rule.host or next((_first_address(network) for network in rule.networks), "ADDRESS")
-        return f"{rule.stage}://{where}:{rule.ports[0].first}"
+        return f"{'quic' if rule.quic else rule.stage}://{where}:{rule.ports[0].first}"
     name = f"x.{rule.pattern.host}" if rule.pattern.wildcard else rule.pattern.host
     if isinstance(rule, NameRule):
         return f"{rule.stage}://{name}"
@@ -222,6 +222,8 @@ def _outdone(rule: AnyRule, index: WorkloadIndex) -> str:
     match rule:
         case TransportRule() if rule.networks and all(map(_is_never_reached, rule.networks)):
             return "metadata, loopback, link-local and multicast addresses are never reached, whatever a rule says"
+        case TransportRule(stage=Stage.UDP) if all(p.first == p.last and p.first in ELSEWHERE for p in rule.ports):
+            return ELSEWHERE[rule.ports[0].first]
         case NameRule(stage=Stage.DNS):
             hosts = [host for group in index.hosts.holding(rule.pattern) for host in group.rules]
             lasting = next((host for host in hosts if host.until is None), None)

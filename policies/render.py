@@ -18,7 +18,8 @@ def render(rule: AnyRule) -> tuple[str, ...]:
             return tuple(_host_lines(rule))
         case TransportRule():
             where = rule.host or next(map(_network_text, rule.networks))
-            return (f"- {rule.stage}: {scalar(f'{where}:{rule.ports[0]}')}",)
+            first = f"- {rule.stage}: {scalar(f'{where}:{rule.ports[0]}')}"
+            return (first, f"  quic: {rule.quic}") if rule.quic else (first,)
         case NameRule():
             return (f"- {rule.stage}: {scalar(str(rule.pattern))}",)
 

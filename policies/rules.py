@@ -70,7 +70,7 @@ _GUARD = Table(
     },
     dict.fromkeys(_HOST_KEYS, "the guard only denies, on every port"),
 )
-_NTP_SOURCE = Key(values.HOSTNAME.named("name"), "A time source the gate asks.")
+_NTP_SOURCE = Key(values.TIME_SERVER.named("name"), "A time source the gate asks.")
 _NTP = Table("an ntp rule", {"ntp": _NTP_SOURCE, **_COMMON}, _OF_HOST)
 _LOOKUP = Key(values.DNS_PATTERN.named("pattern"), "A name or *.name to look up, nothing more.", field="pattern")
 _DNS = Table("a dns rule", {"dns": _LOOKUP, **_COMMON}, _OF_HOST)

@@ -35,16 +35,14 @@ def _malformed(node: Node, scope: Scope, text: str, error: MalformedName, repair
     return scope.wrong(node, error.message, _ONLY_IN_SETS if PARAMETER.search(text) else repair or error.repair)
 
 
-def read_hostname(node: Node, scope: Scope) -> Hostname:
+def read_hostname(node: Node, scope: Scope, *, instead: str = "write an address where addresses stand") -> Hostname:
     text = read_text(node, scope)
     if "*" in text:
         raise scope.wrong(node, f"{quote(text)} has a wildcard", "wildcards stand only in host and dns rules")
     try:
         return parse_hostname(text)
     except MalformedName as e:
-        raise _malformed(
-            node, scope, text, e, "write an address where addresses stand" if e.is_address else None
-        ) from e
+        raise _malformed(node, scope, text, e, instead.format(address=text) if e.is_address else None) from e
 
 
 def _read_pattern(node: Node, scope: Scope, *, is_host: bool) -> Pattern:
@@ -187,6 +185,8 @@ _ENTRY_SCHEMA = {
 }
 
 HOSTNAME = Shape(read_hostname, _NAME_SCHEMA)
+_TIME_SERVER = "write a name, and have it asked at that address: outgate relay --host NAME={address}"
+TIME_SERVER = Shape(partial(read_hostname, instead=_TIME_SERVER), _NAME_SCHEMA)
 PATTERN_SCHEMA = {"type": "string", "pattern": r"^(?:\*\.)?[^\s*/:@#?%\[\]\\]+$"}
 HOST_PATTERN = Shape(partial(_read_pattern, is_host=True), PATTERN_SCHEMA)
 DNS_PATTERN = Shape(partial(_read_pattern, is_host=False), PATTERN_SCHEMA)

@@ -13,11 +13,11 @@ from ipaddress import ip_address
 from policies.engine import decide
 from policies.hostnames import Hostname, MalformedName, parse_hostname
 from policies.index import Policy
-from policies.model import Address, Attempt, Dial, Reason, Stage, Tls, TransportRule, Verdict
+from policies.model import ELSEWHERE, Address, Attempt, Dial, Reason, Stage, Tls, TransportRule, Verdict
 from policies.paths import MalformedPath, parse_path
 
-SCHEMES = ("https", "http", "tls", "tcp", "udp", "ntp", "dns")
-DEFAULT_PORTS = {"https": 443, "http": 80, "tls": 443, "ntp": 123, "dns": 53}
+SCHEMES = ("https", "http", "tls", "tcp", "udp", "quic", "ntp", "dns")
+DEFAULT_PORTS = {"https": 443, "http": 80, "tls": 443, "quic": 443, "ntp": 123, "dns": 53}
 EXAMPLES = "such as 'GET https://host/path', tls://host, tcp://host:22, ntp://host or dns://host"
 
 # What people write for bytes that are TCP to us: the scheme's registered port makes the repair complete.
@@ -64,11 +64,12 @@ def parse_words(workload: str, words: str, time: float = 0.0) -> Attempt:
         return _http_attempt(workload, method, url, time)
     _refuse_extras(method, url)
     host = _read_host(url.host)
-    stage = Stage(url.scheme)
+    stage = Stage.UDP if url.scheme == "quic" else Stage(url.scheme)
     attempt = Attempt(stage=stage, workload=workload, port=_port(url), time=time)
-    if stage in (Stage.TCP, Stage.UDP):
+    if url.scheme in ("tcp", "udp"):
         return _transport_attempt(attempt, host)
-    return _named(attempt, host)
+    attempt = _named(attempt, host)
+    return replace(attempt, names=(attempt.host,)) if url.scheme == "quic" and attempt.host else attempt
 
 
 def ladder(policy: Policy, attempt: Attempt) -> tuple[Step, ...]:
@@ -189,8 +190,8 @@ def _nearest_scheme(scheme: str, rest: str, method: str) -> str:
     if scheme in TCP_SERVICES:
         port = "" if ":" in authority else f":{TCP_SERVICES[scheme]}"
         return f"write tcp://{authority}{port}"
-    if scheme in ("quic", "h3", "http3"):
-        return f"QUIC is UDP; write udp://{authority}" + ("" if ":" in authority else ":443")
+    if scheme in ("h3", "http3"):
+        return f"HTTP/3 opens with QUIC; write quic://{authority}"
 
     from difflib import get_close_matches
 
@@ -259,6 +260,8 @@ def _passthrough_note(verdict: Verdict) -> str:
 
 def _address_note(policy: Policy, attempt: Attempt, verdict: Verdict) -> str:
     if verdict.is_allow:
+        if attempt.stage is Stage.UDP and attempt.port in ELSEWHERE:
+            return f"stays closed all the same: {ELSEWHERE[attempt.port]}"
         by_name = verdict.dial is Dial.NAME and attempt.stage in (Stage.HTTP, Stage.TLS, Stage.TCP, Stage.UDP)
         return "address judged at dial time" if by_name else ""
     if attempt.names and attempt.address is None and _has_address_rule(policy, attempt):

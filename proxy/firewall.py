@@ -22,6 +22,7 @@ from proxy.ruleset import EGRESS, SET4, SET6, SIGN, SINCE, TABLE, families_of, h
 _SIOCGIFFLAGS, _IFF_UP, _IFF_LOOPBACK = 0x8913, 0x1, 0x8  # linux/sockios.h, linux/if.h
 _CAP_NET_ADMIN = 12  # linux/capability.h
 _NO_CAPABILITY = "needs CAP_NET_ADMIN in this network namespace: run it as root there"
+_BRIDGED = ("bridge-nf-call-iptables", "bridge-nf-call-ip6tables")
 _OF_ANOTHER_VERSION = "made by another version of outgate"
 _SETS = {name: [kind, kind, "inet_proto", "inet_service"] for name, kind in ((SET4, "ipv4_addr"), (SET6, "ipv6_addr"))}
 _AS_WRITTEN = Shown.STATELESS | Shown.TERSE  # without counts, and without what a DNS guard opened
@@ -91,6 +92,27 @@ def _put(nft: Nft, layout: Layout, text: str) -> None:
         raise
     if layout.udp_port is None:
         remove_routing()
+
+
+def what_hinders(layout: Layout) -> str:
+    """Why the UDP relay would get nothing although the rules lead it there; empty: nothing does.
+
+    A bridge that shows its packets to the chains of IP forgets the socket that TPROXY has found.
+    """
+    bridges = [device for device in layout.workload_devices if os.path.isdir(f"/sys/class/net/{device}/bridge")]
+    seen = [switch for switch in _BRIDGED if _reads_one(switch)]
+    if layout.udp_port is None or not seen or not (bridges or layout.mode is Mode.BRIDGE):
+        return ""
+    repair = " ".join(f"net.bridge.{switch}=0" for switch in seen)
+    return f"--udp-port {layout.udp_port}: the relay gets nothing from a bridge here: sysctl -w {repair}"
+
+
+def _reads_one(switch: str) -> bool:
+    try:
+        with open(f"/proc/sys/net/bridge/{switch}") as file:  # of this network namespace
+            return file.read().strip() == "1"
+    except OSError:  # no br_netfilter: bridges show nothing
+        return False
 
 
 def remove(nft: Nft) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from policies.addresses import Address
 from policies.engine import Expect, admit, expect
 from policies.hostnames import Hostname
-from policies.model import Attempt, Mode, Stage, TransportRule
+from policies.model import ELSEWHERE, Attempt, Mode, Stage, TransportRule
 from proxy.elements import Element, Transport
 from proxy.metrics.meter import Counts
 from proxy.opener.claims import Claim
@@ -199,7 +199,7 @@ class Openings:
 
     def _is_opaque(self, workload: str, stage: Stage, port: int) -> bool:
         if stage is Stage.UDP:
-            return port != _QUIC_PORT
+            return port != _QUIC_PORT and port not in ELSEWHERE
         return expect(self._in_force.policy, workload, port) is Expect.OPAQUE
 
     def _carries(self, workload: str, name: Hostname, stage: Stage, address: Address, port: int) -> bool:

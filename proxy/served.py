@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from policies.errors import Problem
 from policies.index import Policy
-from policies.model import HostRule, Match, Stage, TransportRule, Workload
+from policies.model import ELSEWHERE, HostRule, Match, Stage, TransportRule, Workload
 
 IN_SANDBOX = frozenset({Stage.NTP, Stage.UDP})  # carried by `outgate run`, where it has a sandbox
 
@@ -18,7 +18,6 @@ _INSTEAD = {
     Stage.NTP: "`outgate relay` gives the time, in a process of its own (docs/ntp.md)",
     Stage.UDP: "say --udp-listen or --udp-forward (docs/udp.md)",
 }
-_OTHERS = {53: "that port is the DNS guard's", 123: "that port is the time relay's; write an ntp rule"}
 
 
 def refused_keys(
@@ -55,7 +54,7 @@ def _closed_ports(policy: Policy, workload: str | None) -> Iterator[Problem]:
     for one in _asked(policy, workload):
         for rule in one.rules:
             if isinstance(rule, TransportRule) and rule.stage is Stage.UDP:
-                for port, whose in _OTHERS.items():
+                for port, whose in ELSEWHERE.items():
                     if any(port in ports for ports in rule.ports):
                         yield Problem(rule.place, f"udp port {port} stays closed", whose)
 

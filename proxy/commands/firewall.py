@@ -102,7 +102,7 @@ def apply(mode: str, is_check: bool, as_json: bool, **flags: Any) -> None:  # An
     from datetime import UTC, datetime
 
     from proxy.console import stop
-    from proxy.firewall import FirewallRefused
+    from proxy.firewall import FirewallRefused, what_hinders
     from proxy.firewall import apply as apply_rules
 
     layout = _layout(mode, flags)
@@ -118,6 +118,8 @@ def apply(mode: str, is_check: bool, as_json: bool, **flags: Any) -> None:  # An
     else:
         openings = f"; {kept} openings kept" if kept else ""
         click.echo(f"the rules of a {layout.mode} are in force{openings}", err=True)
+    if why := what_hinders(layout):
+        click.echo(f"outgate: {why}", err=True)
 
 
 @firewall.command(epilog=REMOVE_EPILOG)

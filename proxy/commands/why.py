@@ -32,6 +32,7 @@ ATTEMPT is one of
   'GET https://host[:port]/path'   also http://; any method
   tls://host[:port]                a TLS hello for the host
   tcp://host-or-address:port       bytes of any other kind; udp:// alike
+  quic://host[:port]               QUIC that shows the host
   ntp://host   dns://host
 
 \b

@@ -12,7 +12,7 @@ from typing import Any
 from policies.errors import Problem
 from policies.hostnames import Hostname, MalformedName, Pattern, parse_hostname, parse_pattern
 from policies.keys import Scope, Shape, Wrong, listing, read_text
-from policies.model import Network
+from policies.model import ELSEWHERE, Network
 from policies.spelling import quote
 from policies.tree import MapNode, Node, Scalar
 from policies.values import DESTINATION_SCHEMA, read_destination, read_network

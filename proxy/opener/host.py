@@ -132,8 +132,9 @@ class OpenerProcess:
             return
         if isinstance(message, State):
             self._state, self._heard = message, monotonic()
+            if self._told.is_set():  # the very first is for whoever waits for `first`
+                self._note(message.why)
             self._told.set()
-            self._note(message.why)
 
     def _note(self, why: str) -> None:
         """Say it once, and once that it is over."""

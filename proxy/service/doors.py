@@ -76,7 +76,8 @@ def open_doors(config: Config) -> tuple[OpenDoor, ...]:
             for other in opened:
                 other.close()
             flag = BY_PATH[DoorKind.DNSTAP].flag
-            raise DoorTaken(f"{flag} {config.dnstap_listen}: {error.strerror or error}") from error
+            repair = "; make its directory first" if error.errno == errno.ENOENT else ""
+            raise DoorTaken(f"{flag} {config.dnstap_listen}: {error.strerror or error}{repair}") from error
     return tuple(opened)
 
 
@@ -135,6 +136,8 @@ def _open(door: Door, count: int, *, takes_ipv4: bool) -> Iterator[tuple[socket.
 def _repair(door: Door, error: OSError) -> str:
     if door.kind is DoorKind.UDP and isinstance(error, PermissionError):
         return "; answers leave from the address that was asked: give the gate CAP_NET_RAW and CAP_NET_BIND_SERVICE"
+    if isinstance(error, PermissionError) and door.address[1] < 1024:
+        return "; a port below 1024 needs CAP_NET_BIND_SERVICE"
     return ""
 
 

@@ -63,7 +63,7 @@ class Witness:
 
     def _is_gate_itself(self, probe: Probe, heard: Heard, patience: Patience) -> bool:
         """Whether it is the first router, which answers on that port for addresses that nobody has, too."""
-        if self.hops != 1 or probe.to not in self.place.routers or probe.is_datagram:
+        if self.hops != 1 or probe.to not in self.place.routers:
             return False
         nobody = replace(probe, to=SINK6 if ":" in probe.to else SINK4)
         return self._is_met_within(1, nobody, heard, patience)

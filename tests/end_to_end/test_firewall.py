@@ -54,7 +54,7 @@ from tests.end_to_end.firewalled import (
 )  # fmt: skip
 from tests.end_to_end.origin import BANNER
 from tests.end_to_end.service import eventually
-from tests.end_to_end.world import CHECKOUT
+from tests.end_to_end.world import CHECKOUT, OUTGATE
 from tests.proxy.kernel_rules import NEEDS_ROOT
 from tests.sandbox_user import ORDINARY_UID, as_user
 
@@ -394,6 +394,16 @@ def test_where_bridges_show_their_packets_to_nft_the_udp_relay_gets_nothing_and_
             sock.sendto(b"x", (ORIGIN4, 9000))
         assert ruled.origin.look().packets == []
         assert select.select([relay], [], [], 0)[0] == []
+
+
+@pytest.mark.parametrize(("value", "is_said"), [("1", True), ("0", False)])
+def test_apply_says_where_a_bridge_keeps_datagrams_from_the_relay(ruled: Lab, value: str, is_said: bool) -> None:
+    command = [str(OUTGATE), "firewall", "apply", *GATEWAY, "--udp-port", "15006"]
+    with bridged_packets_seen(ruled, value):
+        done = subprocess.run(ruled.net.inside("gateway", command), capture_output=True, text=True, check=True)
+
+    assert "are in force" in done.stderr
+    assert ("net.bridge.bridge-nf-call-iptables=0" in done.stderr) is is_said
 
 
 @contextlib.contextmanager

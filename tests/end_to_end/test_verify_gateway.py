@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import pytest
 from tests.end_to_end.documented import GATEWAY, SERVICE, SIDECAR, command
 from tests.end_to_end.namespaces import Namespaces, machines
 from tests.end_to_end.placed import Placed, make_authority
+from tests.end_to_end.service import WAIT_S
 from tests.end_to_end.verifying import SOCKETS, Internet, documented, internet, settle, verified, verify
 from tests.end_to_end.world import OUTGATE
 from tests.sandbox_user import ORDINARY_UID, as_user
@@ -308,6 +311,59 @@ def test_a_redirect_of_two_ports_alone_closes_the_rest(gateway: tuple[Namespaces
     assert found.leaks == set()
     assert {found.outcomes[id] for id in ("tcp-22", "tcp-8080", "dns-dot")} == {"blocked fast"}
     assert found.rows["tcp-25"]["status"] == "odd"  # the policy allows it, and the rules do not
+
+
+LOOKUPS = {"dns-denied", "dns-txt", "dns-null", "dns-any", "dns-tunnel"}  # asked of the machine's own resolver
+
+
+@pytest.mark.parametrize("resolver", [ROUTER4, ROUTER6])
+def test_a_gate_that_is_the_resolver_is_believed_since_it_answers_for_addresses_that_nobody_has(resolver: str) -> None:
+    with routed("hostile") as (net, outside, directory):
+        make_authority_of(directory)
+        apply = command(SERVICE, GATEWAY, "outgate firewall", "eth0").replace("eth0", "out")
+        net.rules("router", rendered(f"{apply} --dns-port 15053"))
+        serve = [str(OUTGATE), *command(SERVICE, GATEWAY, "outgate serve").split()[1:], "--log", "decisions.jsonl"]
+        with Placed(directory, net.inside("router", [*serve, "--dns-listen", "[::]:15053"])):
+            outside.look()
+            found = verified(net, "inside", directory, *AS_APP, "--only", "dns", resolver=resolver)
+            seen = outside.look()
+
+    assert {found.outcomes[id] for id in LOOKUPS} == {"proxied"}, found.page
+    assert found.leaks == set()
+    assert seen == []
+
+
+def test_a_resolver_on_the_first_router_that_asks_others_is_a_leak_although_their_answer_reads_like_a_gates() -> None:
+    with routed("hostile") as (net, _, directory), forwarding(net):
+        found = verified(net, "inside", directory, *AS_APP, "--only", "dns", resolver=ROUTER4)
+
+    assert found.leaks >= LOOKUPS
+    assert "nothing shows" in found.rows["dns-denied"]["detail"]
+
+
+@contextmanager
+def forwarding(net: Namespaces) -> Iterator[None]:
+    """A resolver on the router, as a home router has one: it passes questions and answers on as they are."""
+    inside, outward = (net.open_socket("router", socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+    inside.bind((ROUTER4, 53))
+    outward.connect(("8.8.8.8", 53))
+
+    def carry() -> None:
+        while True:
+            query, client = inside.recvfrom(4096)
+            if not query:
+                return
+            outward.send(query)
+            inside.sendto(outward.recv(4096), client)
+
+    with inside, outward, ThreadPoolExecutor(1) as pool:
+        carried = pool.submit(carry)
+        try:
+            yield
+        finally:
+            with net.open_socket("router", socket.AF_INET, socket.SOCK_DGRAM) as end:
+                end.sendto(b"", (ROUTER4, 53))
+            carried.result(WAIT_S)
 
 
 # --- beside one program -----------------------------------------------------------------------------------------------

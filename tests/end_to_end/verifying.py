@@ -139,10 +139,11 @@ def verify(
     sockets: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     become: Sequence[str] = (),
+    resolver: str = "10.0.0.53",
 ) -> subprocess.CompletedProcess[str]:
-    """`outgate verify OPTIONS` on a machine whose resolver is 10.0.0.53; `become` goes before it."""
+    """`outgate verify OPTIONS` on a machine with this resolver; `become` goes before it."""
     resolv = directory / "verify-resolv.conf"
-    resolv.write_text("nameserver 10.0.0.53\n")
+    resolv.write_text(f"nameserver {resolver}\n")
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OUTGATE_")}
     clean = {name: value for name, value in clean.items() if not name.lower().endswith("_proxy")}
     furnished = [

@@ -81,7 +81,8 @@ SAMPLE = [
         ("GET https://", "/forecasts"), ("GET https://", "/set/secret"), ("DELETE https://", "/x"),
         ("GET https://", "/x"), ("GET http://", "/x"), ("GET https://", ":8443/x"), ("GET http://", ":8080/x"),
         ("tls://", ""), ("tls://", ":8443"),
-        ("tls://", ":8080"), ("tcp://", ":22"), ("tcp://", ":443"), ("udp://", ":443"), ("ntp://", ""), ("dns://", ""),
+        ("tls://", ":8080"), ("tcp://", ":22"), ("tcp://", ":443"), ("udp://", ":443"),
+        ("quic://", ""), ("ntp://", ""), ("dns://", ""),
     )
 ] + [
     f"{kind}://{address}:{port}"

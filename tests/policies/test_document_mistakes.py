@@ -47,6 +47,11 @@ IN_A_RULE = [
         "host: '[2001:db8::1]'",
         '2:35: "[2001:db8::1]" is an address, not a name; a rule for an address is tcp: [2001:db8::1]:443',
     ),
+    (
+        "ntp: 169.254.169.123",
+        '2:34: "169.254.169.123" is an address, not a name; write a name, and have it asked at that address: '
+        "outgate relay --host NAME=169.254.169.123",
+    ),
     ("host: 127.1", '2:35: a number where text must stand; write "127.1" in quotes'),
     ("host: '*.com'", 'PUBLIC SUFFIX "*.com"'),
     ("dns: '*.co.uk'", 'PUBLIC SUFFIX "*.co.uk"'),

@@ -61,7 +61,8 @@ EDITS: list[tuple[str, Reason, list[str], set[str]]] = [
     ("tls://ubuntu.com", Reason.NO_RULE, ["- host: ubuntu.com"],
      carried("ubuntu.com") | {"dns://ubuntu.com"}),
     ("tcp://new.example.io:22", Reason.NO_RULE, ["- tcp: new.example.io:22"], {"dns://new.example.io"}),
-    ("udp://new.example.io:443", Reason.NO_RULE, ["- udp: new.example.io:443"], {"dns://new.example.io"}),
+    ("udp://new.example.io:443", Reason.NO_RULE, ["- udp: new.example.io:443"], {"dns://new.example.io", "quic://new.example.io"}),
+    ("quic://new.example.io", Reason.NO_RULE, ["- udp: new.example.io:443", "  quic: sni"], {"dns://new.example.io"}),
     ("ntp://new.example.io", Reason.NO_RULE, ["- ntp: new.example.io"], {"dns://new.example.io"}),
     ("dns://new.example.io", Reason.NO_RULE, ["- dns: new.example.io"], set()),
     ("dns://cluster.local", Reason.ANCESTOR, ["- dns: cluster.local"], set()),
@@ -212,7 +213,8 @@ WORDS = [
     for host in (*HOSTS, "e.example")
     for scheme, end in (
         ("GET https://", "/x"), ("GET https://", "/x/z"), ("POST https://", "/y"), ("GET http://", "/x"), ("tls://", ""),
-        ("tls://", ":8443"), ("tcp://", ":22"), ("tcp://", ":443"), ("udp://", ":9"), ("ntp://", ""), ("dns://", ""),
+        ("tls://", ":8443"), ("tcp://", ":22"), ("tcp://", ":443"), ("udp://", ":9"), ("quic://", ""),
+        ("ntp://", ""), ("dns://", ""),
     )
 ]  # fmt: skip
 

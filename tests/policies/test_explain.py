@@ -25,6 +25,11 @@ CLOSED = [
     ("udp://169.254.169.254:53", Reason.NEVER_REACHED, "no rule opens it", "use the service's public name"),
     ("tls://10.20.3.4", Reason.MALFORMED_NAME, "10.20.3.4 is an address", "try tcp://10.20.3.4:443"),
     ("tls://[2001:db8::1]:8443", Reason.MALFORMED_NAME, "2001:db8::1 is an address", "try tcp://[2001:db8::1]:8443"),
+    ("tls://169.254.169.254", Reason.MALFORMED_NAME, "169.254.169.254 is an address", "use the service's public name"),
+    ("ntp://93.184.215.14", Reason.MALFORMED_NAME, "93.184.215.14 is an address", "name the server"),
+    ("quic://93.184.215.14", Reason.MALFORMED_NAME, "93.184.215.14 is an address", "try udp://93.184.215.14:443"),
+    ("udp://8.8.8.8:53", Reason.NO_RULE, "no rule of app covers 8.8.8.8", "that port is the DNS guard's"),
+    ("udp://8.8.8.8:123", Reason.NO_RULE, "no rule of app covers 8.8.8.8", "write an ntp rule"),
     ("tls://a..b", Reason.MALFORMED_NAME, "that is no hostname", "as DNS has it"),
     ("GET https://weather.example.com/search/../x", Reason.MALFORMED_PATH, '".." is a dot segment', "without .. or //"),
     ("get https://weather.example.com/search", Reason.MALFORMED_REQUEST, "methods are upper case", "upper-case method"),
@@ -69,6 +74,16 @@ def test_an_unknown_workload_is_told_so() -> None:
 
     assert (explanation.because, explanation.edits) == ("there is no workload nobody", ())
     assert explanation.advice == ADVICE[Reason.UNKNOWN_WORKLOAD]
+
+
+def test_opaque_datagrams_miss_a_rule_for_quic_by_that() -> None:
+    of = policy("{version: 1, workloads: {app: {rules: [{udp: {host: a.example, ports: 443, quic: sni}}]}}}")
+    explanation = explain(of, asked("udp://a.example:443"))
+
+    assert explanation.verdict.reason is Reason.NO_SNI
+    assert explanation.because == "the rule for a.example admits QUIC that shows this name, and no other datagrams"
+    assert [miss.by for miss in explanation.nearest] == ["it says quic: sni, for quic://a.example:443"]
+    assert explain(of, asked("quic://a.example")).verdict.is_allow
 
 
 # --- the nearest rules ---------------------------------------------------------------------------------------------

@@ -123,13 +123,14 @@ NO_ATTEMPT = [
     ("a.example:443", "write tls://a.example"),
     ("GET a.example/x", "write GET https://a.example/x"),
     ("GET", "write tls://GET"),
-    ("gopher://a.example", "use one of https, http, tls, tcp, udp, ntp, dns"),
+    ("gopher://a.example", "use one of https, http, tls, tcp, udp, quic, ntp, dns"),
     ("htps://a.example", "did you mean https://?"),
     ("tpc://a.example:22", "did you mean tcp://?"),
     ("ssh://git@github.com/x", "write tcp://github.com:22"),
     ("redis://a.example:7000", "write tcp://a.example:7000"),
     ("wss://a.example/x", "write GET https://a.example/x"),
-    ("quic://a.example", "write udp://a.example:443"),
+    ("h3://a.example", "write quic://a.example"),
+    ("quic://a.example/x", "write quic://a.example"),
     ("tcp://a.example", "write tcp://a.example:PORT"),
     ("udp://[2001:db8::1]", "write udp://[2001:db8::1]:PORT"),
     ("tcp://2001:db8::1:443", "write tcp://[2001:db8::1]:443"),
@@ -170,7 +171,7 @@ def test_any_text_is_an_attempt_with_a_verdict_or_no_attempt(text: str) -> None:
 
 
 SCHEME = st.sampled_from(
-    ["GET https://", "get http://", "tls://", "tcp://", "udp://", "ntp://", "dns://", "X https://"]
+    ["GET https://", "get http://", "tls://", "tcp://", "udp://", "quic://", "ntp://", "dns://", "X https://"]
 )
 PIECES = st.lists(st.sampled_from([*"a.:@/?#[]%\\ *0é", "a.example", ":443", "10.0.0.1", "::1"]), max_size=8)
 

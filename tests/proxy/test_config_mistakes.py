@@ -46,6 +46,10 @@ IN_FILE: dict[str, tuple[str, str]] = {
     "a time without end": ("graceS: .inf", '2:9: ".inf" is not a number of seconds from 0 to 3600'),
     "no time to say hello": ("limits: {helloS: 0}", '2:18: "0" is not a number of seconds from 0.1 to 600'),
     "a time with its unit": ("limits: {idleS: 5m}", '2:17: "5m" is not a number of seconds from 1 to 604800'),
+    "a forward to a port of the guard's": (
+        'udpForward: {"127.0.0.1:5353": "203.0.113.7:53"}',
+        '2:32: "203.0.113.7:53": udp port 53 stays closed; that port is the DNS guard\'s',
+    ),
     "an address without a port": ("listen: 10.0.0.1", '2:9: "10.0.0.1" is not an address with its port; write ADDR:PO'),
     "a name to listen on": ("listen: localhost:80", '2:9: "localhost:80" is not an address with its port; write '),
     "a port that is none": ("listen: 10.0.0.1:65536", '2:9: "10.0.0.1:65536" is not an address with its port'),

@@ -95,7 +95,9 @@ def test_the_gate_has_the_door_and_says_where(tmp_path: Path) -> None:
 
 def test_a_door_that_cannot_be_opened_is_named_and_none_stays_open(tmp_path: Path) -> None:
     path = str(tmp_path / "missing" / "tap.sock")
-    with pytest.raises(DoorTaken, match=r"^--dnstap-listen .*/missing/tap.sock: No such file or directory$"):
+    with pytest.raises(
+        DoorTaken, match=r"^--dnstap-listen .*/missing/tap.sock: No such file or directory; make its directory first$"
+    ):
         open_doors(Config(policy=(), listen=(("127.0.0.1", 0),), dnstap_listen=path))
     long = str(tmp_path / ("x" * 120))
     with pytest.raises(DoorTaken, match=r"--dnstap-listen .*too long"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -11,6 +13,8 @@ import pytest
 from proxy.config import Config, SocketAddress
 from proxy.service import doors
 from proxy.service.doors import DoorTaken, OpenDoor, open_doors, open_sockets
+from tests.end_to_end.world import CHECKOUT
+from tests.sandbox_user import as_user
 
 LOOPBACK: SocketAddress = ("127.0.0.1", 0)
 CONNECTIONS = 200
@@ -142,6 +146,22 @@ def test_one_door_that_is_taken_leaves_none_open() -> None:
             open_doors(Config(policy=(), listen=(address,), proxy_listen=(taken,), workers=2))
         with listening(address, 2):
             pass
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif("os.geteuid() != 0", reason="a network namespace needs root")
+def test_a_port_that_needs_a_capability_says_which() -> None:
+    """As an ordinary user, in a network namespace where ports below 1024 are not everybody's."""
+    program = (
+        "from proxy.config import Config; from proxy.service.doors import open_doors;"
+        "open_doors(Config(policy=(), listen=(('127.0.0.1', 0),), dns_listen=(('127.0.0.1', 53),)))"
+    )
+    unprivileged = ["unshare", "--net", *as_user([sys.executable, "-c", program])]
+    done = subprocess.run(unprivileged, cwd=CHECKOUT, capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.stderr.rstrip().endswith(
+        "--dns-listen 127.0.0.1:53: Permission denied; a port below 1024 needs CAP_NET_BIND_SERVICE"
+    )
 
 
 def close(opened: Sequence[OpenDoor]) -> None:

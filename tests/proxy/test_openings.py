@@ -44,6 +44,7 @@ workloads:
       - {tcp: {host: many.example, ports: [8000-8063]}}
       - {tcp: {host: wide.example, ports: [8000-8064]}}
       - udp: wire.example:51820
+      - {udp: {host: wire.example, ports: [53, 123]}}
       - {udp: {host: wire.example, ports: [443]}}
       - {udp: {host: paid.example, ports: [9000]}, budget: 10MiB/h}
       - {udp: {host: quick.example, ports: [9000]}, quic: sni}
@@ -133,7 +134,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
         pytest.param("git.example", [PUBLIC], [(PUBLIC, "tcp", 22)], id="tcp"),
         pytest.param("git.example", [PUBLIC, OTHER], [(PUBLIC, "tcp", 22), (OTHER, "tcp", 22)], id="every address"),
         pytest.param("git.example", [PUBLIC6], [], id="an address of the other family"),
-        pytest.param("wire.example", [PUBLIC], [(PUBLIC, "udp", 51820)], id="udp, and never its 443"),
+        pytest.param("wire.example", [PUBLIC], [(PUBLIC, "udp", 51820)], id="udp, and never its 443, 53 and 123"),
         pytest.param("many.example", [PUBLIC], [(PUBLIC, "tcp", port) for port in range(8000, 8064)], id="64 ports"),
         pytest.param("wide.example", [PUBLIC], [], id="65 ports"),
         pytest.param("paid.example", [PUBLIC], [], id="with a budget"),

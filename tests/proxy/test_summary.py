@@ -9,7 +9,10 @@ from proxy.record import Record, record_of
 from proxy.summary import MAX_REMEMBERED, MAX_SHOWN, Summary
 from tests.builders import attempt, policy
 
-POLICY = policy("version: 1\nworkloads: {app: {rules: [{host: a.example}]}}")
+POLICY = policy(
+    "version: 1\nworkloads: {app: {rules: [{host: a.example}, {udp: 'voip.example:5060', budget: 1KiB/h}, "
+    '{host: "*.cdn.example"}]}}'
+)
 
 
 def denial(words: str, reason: Reason, extra: Record | None = None) -> Record:
@@ -47,6 +50,18 @@ def test_what_failed_beyond_the_policy_is_not_called_denied() -> None:
 def test_no_edit_is_proposed_for_what_the_words_do_not_carry() -> None:
     lines = said(denial("tls://a.example", Reason.ECH))
     assert [line.strip() for line in lines[1:]] == ["tls://a.example  ech"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason", "advice"),
+    [
+        ("udp://voip.example:5060", Reason.BUDGET, "raise budget: of p.yaml:2 (app/rules[1]), or wait"),
+        ("dns://x.cdn.example", Reason.LOOKUP_BUDGET, "name the hosts beside p.yaml:2 (app/rules[2]), or raise"),
+        ("tls://x.cdn.example", Reason.LOOKUP_BUDGET, "name the hosts beside p.yaml:2 (app/rules[2]), or raise"),
+    ],
+)
+def test_what_was_used_up_says_which_rule_it_was_of(words: str, reason: Reason, advice: str) -> None:
+    assert advice in said(denial(words, reason))[-1]
 
 
 def test_allowed_lookup_is_no_use_of_anything_yet() -> None:
