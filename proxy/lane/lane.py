@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 HTTP_1 = b"http/1.1"
 AGAIN_S = 60.0  # before a person is told again that there are no leaves
+STOPPED = "the gate stopped"
 LOOK_S = 0.02  # at the end, between two looks at whether clients have gone
 
 _parse_address = lru_cache(4096)(parse_address)
@@ -78,10 +79,11 @@ class Lane:
         self._judge.generation = in_force.policy.generation
         self._budget = Budget(bounds.connections, bounds.per_source, bounds.waiting)
         self._clients: set[Client] = set()
-        self._beginning: set[asyncio.Task[None]] = set()  # they wait for their leaves
+        self._beginning: dict[asyncio.Task[None], Callable[[], None]] = {}  # they wait for leaves; how to give each up
         self._commons: Commons | None = None
         self._minting: Minting | None = None
         self._is_leaving = False
+        self._is_closed = False
         self._is_told_until = 0.0
 
     def _identify(self, conversation: Conversation) -> str:
@@ -91,6 +93,10 @@ class Lane:
 
     def inspect(self, sock: socket.socket, handover: Handover) -> None:
         """Take over `sock`, of which nothing was read. Never blocks and never raises."""
+        if self._is_closed:  # accepted before, and peeked at meanwhile: nobody would end it
+            sock.close()
+            self._lost(handover, Reason.CLIENT_GONE, STOPPED)
+            return
         share = self._budget.enter(handover.source[0])
         if share is None:
             sock.close()
@@ -155,11 +161,12 @@ class Lane:
 
     def close(self) -> None:
         """End every connection now; each request under way is recorded."""
-        self._is_leaving = True
+        self._is_leaving = self._is_closed = True
         if self._commons is not None:
             self._commons.pool.close()
         for task in tuple(self._beginning):
-            task.cancel()
+            if task.cancel():
+                self._give_up(task)
         for client in tuple(self._clients):
             client.abort()
 
@@ -177,8 +184,19 @@ class Lane:
             self._begin(sock, handover, share, context)
             return
         task = asyncio.get_running_loop().create_task(self._await_leaf(minting, sock, handover, share))
-        self._beginning.add(task)
-        task.add_done_callback(self._beginning.discard)
+        self._beginning[task] = partial(self._lose, sock, handover, share, Reason.CLIENT_GONE, STOPPED)
+        task.add_done_callback(self._begun)
+
+    def _begun(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            self._give_up(task)
+        self._beginning.pop(task, None)
+
+    def _give_up(self, task: asyncio.Task[None]) -> None:
+        """Not left to the task: one that is cancelled before its first step never runs."""
+        give_up = self._beginning.pop(task, None)
+        if give_up is not None:
+            give_up()
 
     async def _await_leaf(self, minting: Minting, sock: socket.socket, handover: Handover, share: Share) -> None:
         from proxy.inspector.minting import NoLeaf
@@ -186,9 +204,6 @@ class Lane:
         try:
             context = await minting.context(handover.host or "", HTTP_1)
             self._begin(sock, handover, share, context)
-        except asyncio.CancelledError:
-            self._lose(sock, handover, share, Reason.CLIENT_GONE, "the gate stopped")
-            raise
         except NoLeaf as error:
             _turn_down(sock)
             self._lose(sock, handover, share, Reason.GATE_FAILED, str(error))

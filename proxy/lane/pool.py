@@ -74,7 +74,9 @@ class Pool:
 
     def _forget(self, parked: Parked) -> None:
         key = parked.upstream.key
-        waiting = self._waiting[key]
+        waiting = self._waiting.get(key, [])
+        if parked not in waiting:  # a fault kept it from coming here, and its deadline has passed
+            return
         waiting.remove(parked)
         self.size -= 1
         if not waiting:

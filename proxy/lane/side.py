@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from proxy.epoll import ERR, HUP, IN, OUT, Epoll
+from proxy.epoll import ERR, HUP, IN, OUT, RDHUP, Epoll
 from proxy.lane.bounds import Share
 from proxy.relays.stream import reset
 
@@ -22,7 +22,7 @@ RECORD = 16 * 1024  # RFC 8446 5.1: TLS gives no more at once
 READS = 8  # at once, before others have their turn
 HIGH, LOW = 256 * 1024, 64 * 1024  # bytes that wait to be sent: from HIGH on nothing is read for it, until LOW
 LINGER_S = 2.0
-MAX_LINGER = 1 << 20  # bytes of a client thrown away, so that no reset overtakes its answer
+MAX_LINGER = 1 << 20  # bytes of a client thrown away; what it sends beyond them fills its own buffers
 
 _NOTHING: deque[bytes | memoryview] = deque(maxlen=0)  # an empty one of its own takes 760 bytes
 _LATER = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
@@ -259,7 +259,6 @@ class Side:
         """Wait no longer for the peer to read its last words, if that is what is waited for."""
         if self._parting is not None:
             self._parting.expired()
-        self._drop()
 
     def close(self) -> None:
         """Close it. With TLS the peer sees that this is no end of a message."""
@@ -312,9 +311,12 @@ class Parting:
             return
         except OSError:
             data = b""
-        self._left -= len(data)
-        if not data or self._left < 0:
+        if not data:
             self.expired()
+            return
+        self._left -= len(data)
+        if self._left < 0:  # to close now would reset it; it may still read until the deadline, and is read to its FIN
+            self._epoll.change(self._fd, RDHUP)
 
     def expired(self) -> None:
         if self._sock.fileno() < 0:

@@ -214,7 +214,7 @@ ELSEWHERE = {
     "Exchange.fail_by_fault", "Exchange.failed", "Exchange.moved", "Exchange.run_late", "Exchange.run_slow",
     "Judge.__init__", "Judge._conclude", "Judge._hear", "Judge.opening", "Judge.request", "Pace.look",
     "Parked.expired", "Parked.failed", "Parked.gone", "Parked.leave", "Parting.failed", "Patience.failed",
-    "Pool.__init__", "Pool._forget", "Pool.clear", "Pool.close", "Side.begin", "Upstream.failed",
+    "Pool.__init__", "Pool._forget", "Pool.clear", "Pool.close", "Side.abandon", "Side.begin", "Upstream.failed",
 }  # fmt: skip
 
 
