@@ -27,8 +27,8 @@ find-python:
 demo: setup ## the main job: a request let through and a request refused, on real TLS (no root, no network)
 	@$(VENV)/bin/python scripts/demo.py
 
-# Two at a time, a file each: most of them wait for clients, kernels and clocks.
-PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+# Three at a time, a file each: most of them wait for clients, kernels and clocks.
+PYTEST := $(VENV)/bin/python -m pytest -n 3 --dist loadfile
 
 test: system ## every test
 	$(PYTEST)
