@@ -36,7 +36,7 @@ from proxy.resolver import Resolver
 from proxy.service.compiler import NICENESS, Request, compile_policy
 from proxy.service.doors import has_ipv6
 from proxy.service.notify import Notifier
-from proxy.service.status import ReloadOutcome, ReloadResult
+from proxy.service.status import ReloadOutcome, ReloadResult, refused_note
 from proxy.service.watch import Watch
 from proxy.wire.ntp import PORT
 
@@ -332,7 +332,8 @@ class Relay:
             if one.state not in (SourceState.SELECTED, SourceState.STARTING, SourceState.SPARE)
         ]
         if self._refused:
-            found.append(f"the policy files cannot be loaded; policy {self.generation} stays in force")
+            paths = (*self._options.paths, *self._options.tags)
+            found.append(refused_note(paths, self._refused, self.generation))
         if self._log and self._log.failure:
             found.append("the decision log cannot be written")
         return list(dict.fromkeys(found))

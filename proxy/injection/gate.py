@@ -108,6 +108,7 @@ def _container(name: str, settings: Settings, arguments: list[str], size: Json) 
         "image": settings.image,
         "imagePullPolicy": settings.pull_policy,
         "args": arguments,
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # why it ended stands in the pod's status, too
         "resources": size,
     }
 

@@ -10,7 +10,6 @@ from posixpath import normpath
 from proxy.injection.model import ADMIN_PORT, DNS_PORT, GATE_PORT, UDP_PORT, Json, Settings
 from proxy.injection.reading import Unfit, flag, items, mapping, shown, text, whole, words
 
-OPT_OUT = "switch injection off for it if it must be so"
 DROPPED = ("NET_ADMIN", "NET_RAW", "SETUID", "SYS_ADMIN", "SYS_PTRACE", "SYS_MODULE")
 # What leads round no guard. A capability that is not here is refused: the kernel gets new ones.
 HARMLESS = frozenset(
@@ -31,9 +30,9 @@ def require_guardable(spec: Json, settings: Settings, where: str) -> None:
     """What a pod has as a whole. Raises Unfit."""
     for key, why in _SHARED.items():
         if flag(spec, key, where):
-            raise Unfit(f"{where}{key}: {why}; leave it out, or {OPT_OUT}")
+            raise Unfit(f"{where}{key}: {why}; leave it out, or {_opt_out(settings)}")
     if text(mapping(spec, "os", where), "name", f"{where}os.") not in ("", "linux"):
-        raise Unfit(f"{where}os.name: the gate's rules are Linux's; {OPT_OUT}")
+        raise Unfit(f"{where}os.name: the gate's rules are Linux's; {_opt_out(settings)}")
     _require_user(mapping(spec, "securityContext", where), settings, f"{where}securityContext.")
     for number, volume in enumerate(items(spec, "volumes", where)):
         _require_volume(volume, settings, f"{where}volumes[{number}].")
@@ -49,9 +48,8 @@ def require_container(container: Json, spec: Json, settings: Settings, where: st
         raise Unfit(f"{within}allowPrivilegeEscalation: a set-uid file could make it the gate; leave it out")
     for capability in words(mapping(context, "capabilities", within), "add", f"{within}capabilities."):
         if capability.upper().removeprefix("CAP_") not in HARMLESS:
-            raise Unfit(
-                f"{within}capabilities.add: {shown(capability)} leads round the gate; leave it out, or {OPT_OUT}"
-            )
+            why = f"{shown(capability)} leads round the gate"
+            raise Unfit(f"{within}capabilities.add: {why}; leave it out, or {_opt_out(settings)}")
     if text(context, "procMount", within) not in ("", "Default"):
         raise Unfit(f"{within}procMount: the kernel's settings would be open to it; leave it out")
     _require_user(context, settings, within)
@@ -63,11 +61,15 @@ def require_container(container: Json, spec: Json, settings: Settings, where: st
             raise Unfit(f"{where}ports[{number}].containerPort: {taken} is the gate's; use another")
 
 
+def _opt_out(settings: Settings) -> str:
+    return f"label the pod {settings.label}=false if it must be so"
+
+
 def _require_user(context: Json, settings: Settings, where: str) -> None:
     if whole(context, "runAsUser", where) == settings.gate_uid:
         raise Unfit(f"{where}runAsUser: {settings.gate_uid} is the gate's, which the rules let out; use another")
     if flag(mapping(context, "windowsOptions", where), "hostProcess", f"{where}windowsOptions."):
-        raise Unfit(f"{where}windowsOptions.hostProcess: the gate's rules are Linux's; {OPT_OUT}")
+        raise Unfit(f"{where}windowsOptions.hostProcess: the gate's rules are Linux's; {_opt_out(settings)}")
 
 
 def _require_volume(volume: Json, settings: Settings, where: str) -> None:

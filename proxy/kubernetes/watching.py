@@ -233,7 +233,8 @@ class Cluster:
     @property
     def notes(self) -> Iterator[str]:
         if self._fault or self.lag_s > self._config.stale_s:
-            yield "the cluster's API does not answer as it should: its pods are known as they last were"
+            known = "its pods are known as they last were" if self._pods.is_listed else "none of its pods is known"
+            yield f"the cluster's API does not answer as it should: {known}, and the log says why"
 
     def gauges(self) -> dict[str, Number]:
         numbers: dict[str, Number] = {

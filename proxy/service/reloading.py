@@ -17,7 +17,7 @@ from proxy.issuing import Issuers
 from proxy.metrics.meter import Counts
 from proxy.options import Unready, say
 from proxy.service.compiler import NICENESS, Report, Request, compile_policy
-from proxy.service.status import ReloadOutcome, ReloadResult
+from proxy.service.status import ReloadOutcome, ReloadResult, refused_note
 from proxy.worker.host import RETRY_S, Sent, Worker
 from proxy.worker.messages import Judge, Sign
 
@@ -62,6 +62,11 @@ class Reloads:
     def generation(self) -> str:
         """Of the policy in force; empty: there is none yet."""
         return self.in_force.report.generation if self.in_force else ""
+
+    @property
+    def refused_note(self) -> str:
+        """`refused`, for whoever asks: which files, and not what they say."""
+        return refused_note((*self._request.paths, *self._request.tags), self.refused, self.generation)
 
     def ask(self) -> asyncio.Future[ReloadResult]:
         """A reload that begins after this call. Asked for several times while another is under way, it is one."""

@@ -32,6 +32,14 @@ class ReloadResult:
     problems: tuple[str, ...] = ()
 
 
+def refused_note(paths: Sequence[str], problems: str, generation: str) -> str:
+    """Which of the files that a gate reads have problems. What these are is for the log: it may name hosts."""
+    lines = problems.splitlines()
+    refused = [path for path in paths if any(line.startswith(f"{path}:") for line in lines)]
+    found = ", ".join(refused) or "the policy files"
+    return f"{found} cannot be loaded; policy {generation} stays in force, and the log says why"
+
+
 class Status(Protocol):
     """What the admin port asks. Texts are shown to anybody who reaches it: no host, no workload, no secret in them."""
 

@@ -303,7 +303,7 @@ class Supervisor:
             if worker.answer and worker.answer.log_failing
         ]
         if self._reloads.refused:
-            found.append(f"the policy files cannot be loaded; policy {self._reloads.generation} stays in force")
+            found.append(self._reloads.refused_note)
         if self._reloads.fault:
             found.append("the issuing CAs cannot be replaced by those of the store; the former stay in force")
         if told := self._reminder():

@@ -185,8 +185,9 @@ def test_without_the_permission_nobody_is_served_and_it_says_which(
     cluster.rules = []
     with serving(tmp_path, cluster, upstream) as service:
         service.hears('cannot list resource "pods"')
-        status, because, _ = service.ready()
+        status, because, notes = service.ready()
         assert (status, because) == (503, ["the pods of the cluster are not listed yet"])
+        assert "none of its pods is known" in notes[0]
         assert allowed(service, A) == allowed(service, NODE) == []
         assert eventually(lambda: reasons(service, NODE), "a record") == {"stale_workload"}
         cluster.rules = [(None, {"resources": ["pods"], "verbs": ["list", "watch"]})]

@@ -152,7 +152,8 @@ def test_files_that_cannot_be_loaded_leave_the_last_good_policy_in_force(tmp_pat
 
         ready, because, notes = it.ready()
         assert (ready, because) == (200, [])
-        assert "cannot be loaded" in notes[0]
+        assert "policy.yaml cannot be loaded" in notes[0]
+        assert "not YAML" not in notes[0]  # anybody who reaches the port may read it
         [worker] = it.workers()
         os.kill(worker, signal.SIGKILL)
         eventually(lambda: it.workers() not in ([], [worker]), "another worker")

@@ -89,6 +89,11 @@ def test_the_notes_say_that_everything_is_denied_until_there_is_a_policy() -> No
         ({"networkPolicy": {"workloads": {"namespaces": ["outgate"]}}}, "outgate is the gate's own"),
         ({"bindAddress": "127.0.0.1"}, "bindAddress"),
         ({"gateway": {"extraArgs": ["serve"]}}, "extraArgs"),
+        (
+            {"gateway": {"dns": {"forward": {"cluster.local": ["kube-dns.kube-system"]}}}},
+            "gateway.dns.forward.cluster.local",
+        ),
+        ({"gateway": {"nameservers": ["dns.example"]}}, "gateway.nameservers"),
         ({"gateway": {"udpForward": [{"port": 53, "to": "a.example:53"}]}}, "udpForward"),
         ({"injection": {"failurePolicy": "Maybe"}}, "failurePolicy"),
         ({"injection": {"form": "sidecar"}}, "injection.form"),

@@ -136,6 +136,7 @@ def test_no_container_has_more_than_it_needs(values: Object) -> None:
             "capabilities": {"drop": ["ALL"]},
         }
         assert one["resources"]["limits"]["memory"]
+        assert one["terminationMessagePolicy"] == "FallbackToLogsOnError"  # why it ended stands in the pod's status
         assert "env" not in one  # neither a secret nor what could contradict the flags
         assert "envFrom" not in one
         assert not [
@@ -179,6 +180,13 @@ def test_the_key_is_seen_by_those_alone_who_need_it(values: Object) -> None:
                         ("distribute", {"ca.crt"}),
                         ("webhook", set()),
                     ]
+
+
+@EVERY
+def test_a_pod_waits_for_what_it_mounts(values: Object) -> None:
+    """What is missing is told by the kubelet, as an event of the pod; a program would find an empty directory."""
+    for pod in pods(render(values)):
+        assert "optional" not in str(pod["spec"].get("volumes", []))
 
 
 RIGHTS: dict[tuple[str, str], list[Object]] = {

@@ -212,6 +212,12 @@ def test_what_no_guard_can_hold_is_refused_with_its_reason(name: str) -> None:
     assert outcome.reason.isprintable()
 
 
+def test_a_refusal_says_how_a_pod_is_left_alone() -> None:
+    outcome = inject(pod(spec={"hostNetwork": True}), Settings(image="outgate:1", label="example/gate"))
+    assert isinstance(outcome, Refused)
+    assert outcome.reason.endswith("leave it out, or label the pod example/gate=false if it must be so")
+
+
 def test_a_container_without_a_user_is_refused_where_the_operator_wants_to_know() -> None:
     strict = Settings(image="outgate:1", is_user_needed=True)
     outcome = inject(pod(), strict)

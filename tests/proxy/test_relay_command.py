@@ -179,7 +179,7 @@ def test_a_policy_that_does_not_load_changes_nothing(tmp_path: Path) -> None:
         relay.send(signal.SIGHUP)
         relay.hears("the policy is not reloaded, .* stays in force")
         assert eventually(relay.ask, "an answer")
-        assert "the policy files cannot be loaded" in fetch(relay, "/readyz")[1]
+        assert "policy.yaml cannot be loaded" in fetch(relay, "/readyz")[1]
         relay.policy.write_text("version: 1\nworkloads: {app: {rules: [{host: a.example}]}}\n")
         relay.send(signal.SIGHUP)
         relay.hears("names no time server")

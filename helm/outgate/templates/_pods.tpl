@@ -31,9 +31,11 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{/* What every container begins with. Why one ended stands in the pod's status, too. */}}
 {{- define "outgate.container" -}}
 image: {{ include "outgate.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
+terminationMessagePolicy: FallbackToLogsOnError
 securityContext:
   {{- include "outgate.containerSecurity" . | nindent 2 }}
 {{- end }}
