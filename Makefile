@@ -27,8 +27,8 @@ find-python:
 demo: setup ## the main job: a request let through and a request refused, on real TLS (no root, no network)
 	@$(VENV)/bin/python scripts/demo.py
 
-# Three at a time, a file each: most of them wait for clients, kernels and clocks.
-PYTEST := $(VENV)/bin/python -m pytest -n 3 --dist loadfile
+# Three at a time, a file each: most of them wait for clients, kernels and clocks. Those that wait most come first.
+PYTEST := $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test: system ## every test
 	$(PYTEST)
