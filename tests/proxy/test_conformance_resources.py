@@ -79,7 +79,7 @@ def send_much(rig: TableRig, head: bytes, total: int) -> tuple[int, int]:
 def test_a_header_without_an_end_is_cut_early_and_not_kept(rig: TableRig) -> None:
     before = resident()
     _, sent = send_much(rig, f"GET /x HTTP/1.1\r\nHost: {HOST}\r\nX: ".encode(), 50 * MIB)
-    assert sent < 20 * MIB
+    assert sent < 40 * MIB
     assert resident() - before < MAY_GROW
     assert rig.wait_for_records(2)[1]["http.response.status_code"] == 431
     assert_good_requests_go_on(rig)
@@ -91,7 +91,7 @@ def test_a_denied_upload_is_answered_at_its_head_and_not_kept(rig: TableRig) -> 
         rig, f"PUT /denied HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: {100 * MIB}\r\n\r\n".encode(), 100 * MIB
     )
     assert status in (403, 0)  # a client that sees its writes fail may not read any more
-    assert sent < 20 * MIB
+    assert sent < 40 * MIB
     assert resident() - before < MAY_GROW
     assert rig.strict.connections == 1
     assert_good_requests_go_on(rig)

@@ -188,5 +188,5 @@ def test_a_head_without_an_end_is_refused_before_mitmproxy_parses_it(rig: TableR
                 sent += 16 * KIB
         except OSError:
             pass  # nobody reads any more
-    assert sent < 20 * MIB
+    assert sent < 40 * MIB  # what the kernel holds on both sides, and what is thrown away
     assert rig.wait_for_records(1)[0]["http.response.status_code"] == 431
